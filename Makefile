@@ -1,0 +1,61 @@
+# The two commands: `make demo` and `make test`. Each does all of its own set-up.
+# .venv comes from the hash-checked lock; LOCK=cuda12 takes the pair built for CUDA 12.
+
+LOCK ?= default
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+STAMP := .venv/.installed-$(LOCK)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-full check lock apt clean help
+
+help:
+	@echo "make demo       the main job on this machine: generated scenes to a report (under 8 minutes on 2 cores)"
+	@echo "make test       style, types, layers, size limits, then the tests (under 20 minutes)"
+	@echo "make test-full  the tests, with more kills and more random layouts"
+	@echo "make check      style, types, layers and size limits alone"
+	@echo "make lock       resolve requirements/*.txt anew (needs uv)"
+
+$(STAMP): requirements/$(LOCK).txt pyproject.toml
+	@if [ -z "$(PYTHON)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq python3 python3-venv >/dev/null; fi
+	@python=$(PYTHON); python=$${python:-python3}; \
+		$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "rtshpc needs Python 3.11 or newer with venv (Debian: apt-get install python3 python3-venv)"; exit 2; }; \
+		$$python -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/$(LOCK).txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Only what tests need and only as root: a browser to look at the report with.
+apt:
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null \
+		|| echo "chromium could not be installed: the browser tests will be skipped and say so"; fi
+
+demo: $(STAMP)
+	$(BIN)/python -m rtshpc.launch sweep demo
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/house
+
+test: check apt
+	$(BIN)/python -m pytest -m "not slow and not full" --ignore tests/house
+	$(BIN)/python -m pytest -m "slow and not full" -rs
+
+test-full: check apt
+	$(BIN)/python -m pytest -m "not slow and not full" --ignore tests/house
+	$(BIN)/python -m pytest -m "slow or full" -rs
+
+lock:
+	for l in default cuda12; do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --no-annotate --all-extras pyproject.toml requirements/$$l.in \
+		-o requirements/$$l.txt || exit 1; done
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache

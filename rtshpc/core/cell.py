@@ -1,0 +1,39 @@
+"""A cell: one task of one stage, with all that its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from rtshpc.core.config import RunConfig
+from rtshpc.core.config.section import Section, doc
+
+STAGES = ("preprocess", "gather", "pretrain", "finetune", "evaluate", "measure", "summarise")
+"""Stages in the order they run."""
+
+RESULT_VERSION = {"preprocess": 1, "gather": 1, "pretrain": 1, "finetune": 1, "evaluate": 1, "measure": 1, "summarise": 1}
+"""Raised by hand, one integer a stage, when the stage's results change."""
+
+
+class Cell(Section):
+    """What `cells/<id>/config.yaml` holds; a stage needs nothing else to run."""
+
+    id: str = doc("hash of all that can change the result")
+    stage: str = doc("one of STAGES")
+    label: str = doc("name for people")
+    task: int = doc("index in the stage's array", 0, ge=0)
+    tasks: int = doc("length of the stage's array (preprocess shares the scenes by it)", 1, ge=1)
+    needs: tuple[str, ...] = doc("ids of the cells it builds on, in order", ())
+    backbones: dict[str, str] = doc("modality -> id of the pretrain cell its backbone comes from", {})
+    modalities: tuple[str, ...] = doc("modalities of the detector, the primary first", ())
+    arm: str = doc("unimodal, pretrained (frozen backbones) or full", "unimodal")
+    varied: dict[str, Any] = doc("grid values of this cell", {})
+    data_fingerprint: str = doc("SHA-256 of the inputs' names, sizes and ends", "")
+    config: RunConfig = doc("the sweep's config with the grid values of this cell in place")
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """Short stable hash of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

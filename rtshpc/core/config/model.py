@@ -1,0 +1,97 @@
+"""Sections that say what the detector is: backbone, pyramid, heads, fusion."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from rtshpc.core.config.section import Section, doc
+
+
+class MViTConfig(Section):
+    """MViTv2 as in Detectron2's projects/MViTv2 (Li et al. 2022); defaults are MViTv2-B."""
+
+    kind: Literal["mvit"] = doc("multi-scale vision transformer", "mvit")
+    embed_dim: int = doc("channels at stride 4", 96, ge=8)
+    depth: int = doc("number of blocks", 24, ge=1)
+    num_heads: int = doc("attention heads at stride 4", 1, ge=1)
+    last_blocks: tuple[int, int, int, int] = doc("last block of each scale", (1, 4, 20, 23))
+    kv_stride: int = doc("stride of key and value pooling at stride 4", 4, ge=1)
+    window_px: int = doc("attention window at stride 4, in tokens", 56, ge=1)
+    pretrain_px: int = doc("image side that sizes the relative-position tables, px", 224, ge=32)
+    mlp_ratio: float = doc("hidden over outer width of a block's MLP", 4.0, gt=0)
+    drop_path: float = doc("stochastic depth of the last block", 0.4, ge=0, lt=1)
+    checkpoint_blocks: bool = doc("recompute block activations in backward", False)
+
+
+class ResNetConfig(Section):
+    """Bottleneck ResNet as in Detectron2; defaults are ResNet-50."""
+
+    kind: Literal["resnet"] = doc("residual network", "resnet")
+    blocks: tuple[int, int, int, int] = doc("bottlenecks per scale", (3, 4, 6, 3))
+    stem_channels: int = doc("channels of the stem", 64, ge=8)
+    channels: tuple[int, int, int, int] = doc("channels of each scale", (256, 512, 1024, 2048))
+    bottleneck: tuple[int, int, int, int] = doc("inner channels of each scale", (64, 128, 256, 512))
+    stride_in_1x1: bool = doc("stride in the first 1x1 (Detectron2's MSRA weights) or in the 3x3 (torchvision)", True)
+
+
+class RPNConfig(Section):
+    """Region proposal network (Ren et al. 2015) on the pyramid."""
+
+    anchor_sizes: tuple[float, ...] = doc("anchor side per level p2 to p6, px of the network input", (32, 64, 128, 256, 512))
+    aspect_ratios: tuple[float, ...] = doc("anchor height over width", (0.5, 1.0, 2.0), min_length=1)
+    convs: int = doc("3x3 convolutions before the logits", 2, ge=1)
+    iou: tuple[float, float] = doc("below: background; at or above: foreground", (0.3, 0.7))
+    anchors_per_image: int = doc("anchors sampled for the loss", 256, ge=1)
+    positive_fraction: float = doc("largest foreground share of them", 0.5, gt=0, le=1)
+    pre_nms_train: int = doc("proposals per level before suppression, training", 2000, ge=1)
+    pre_nms_test: int = doc("proposals per level before suppression, test", 1000, ge=1)
+    post_nms: int = doc("proposals per image after it", 1000, ge=1)
+    nms_iou: float = doc("overlap that suppresses", 0.7, gt=0, le=1)
+
+
+class RoIConfig(Section):
+    """Second stage: cascade (Cai and Vasconcelos 2018) or standard box heads, and the mask head."""
+
+    kind: Literal["cascade", "standard"] = doc("three refining stages, or one", "cascade")
+    ious: tuple[float, ...] = doc("foreground IoU per stage", (0.5, 0.6, 0.7), min_length=1)
+    box_convs: int = doc("3x3 convolutions of a box head", 4, ge=0)
+    box_fcs: int = doc("fully connected layers of a box head", 1, ge=1)
+    fc_dim: int = doc("width of a fully connected layer", 1024, ge=1)
+    norm: Literal["bn", "none"] = doc("normalisation of box and mask convolutions", "bn")
+    rois_per_image: int = doc("RoIs sampled for the losses", 512, ge=1)
+    positive_fraction: float = doc("largest foreground share of them", 0.25, gt=0, le=1)
+    mask: bool = doc("predict masks (off: boxes only)", True)
+    mask_convs: int = doc("3x3 convolutions of the mask head", 4, ge=1)
+    score_threshold: float = doc("lower detections are dropped", 0.05, ge=0, le=1)
+    nms_iou: float = doc("overlap that suppresses, per class", 0.5, gt=0, le=1)
+    detections_per_image: int = doc("most detections of an image", 100, ge=1)
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> RoIConfig:
+        wanted = 3 if self.kind == "cascade" else 1
+        if len(self.ious) != wanted:
+            raise ValueError(f"kind = {self.kind} takes {wanted} ious, found {len(self.ious)}")
+        return self
+
+
+class FusionConfig(Section):
+    """How the scales of several modalities become one set (Li et al. 2025, Eqs. 1-3 and Table 4)."""
+
+    mixer: Literal["cross"] = doc("primary x auxiliary -> one map: cross attention", "cross")
+    residual: bool = doc("add the primary and the auxiliaries to the mixed maps", True)
+    mlp_ratio: float = doc("hidden over outer width of the mixer's MLP", 4.0, gt=0)
+    heads: tuple[int, int, int, int] = doc("attention heads at strides 4, 8, 16, 32", (1, 2, 4, 8))
+    kv_stride: tuple[int, int, int, int] = doc("pooling of keys and values at strides 4, 8, 16, 32", (1, 1, 1, 1))
+
+
+class ModelConfig(Section):
+    """A detector: what `configs/models/*.yaml` holds."""
+
+    name: str = doc("name of the model, for reports")
+    backbone: MViTConfig | ResNetConfig = doc("bottom-up network of each modality", MViTConfig(), discriminator="kind")
+    pyramid_channels: int = doc("channels of the feature pyramid", 256, ge=8)
+    rpn: RPNConfig = doc("first stage", RPNConfig())
+    roi: RoIConfig = doc("second stage", RoIConfig())
+    fusion: FusionConfig = doc("how modalities are fused", FusionConfig())

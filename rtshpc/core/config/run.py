@@ -1,0 +1,131 @@
+"""The whole config of a sweep: data, model, training, evaluation, measurement, site and grid."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from rtshpc.core.config.data import DataConfig
+from rtshpc.core.config.model import ModelConfig
+from rtshpc.core.config.section import Section, doc
+from rtshpc.core.errors import unknown
+
+
+class AugmentConfig(Section):
+    """Drawn per (seed, epoch, sample); geometry is the same for all modalities and the masks."""
+
+    flip: bool = doc("horizontal and vertical flips", True)
+    quarter_turns: bool = doc("rotations by 90 degrees", True)
+    scale: tuple[float, float] = doc("random zoom, smallest and largest factor", (1.0, 1.0))
+    brightness: float = doc("largest shift, in standard deviations of the modality", 0.0, ge=0)
+    contrast: float = doc("largest change of gain, share", 0.0, ge=0, lt=1)
+    noise: float = doc("largest noise, in standard deviations of the modality", 0.0, ge=0)
+
+
+class TrainConfig(Section):
+    """One training (Li et al. 2025, section 4: AdamW, 36 epochs, linear scaling)."""
+
+    epochs: int = doc("passes over the training chips", 36, ge=1)
+    batch_size: int = doc("chips a step over all processes", 16, ge=1)
+    learning_rate: float = doc("at reference_batch; scaled linearly with batch_size", 1.6e-4, gt=0)
+    reference_batch: int = doc("batch that learning_rate is meant for", 64, ge=1)
+    schedule: Literal["steps", "cosine"] = doc("decay after warm-up", "steps")
+    steps: tuple[float, ...] = doc("for schedule steps: shares of the training at which the rate falls tenfold", (0.77, 0.92))
+    warmup_steps: int = doc("optimizer steps of linear warm-up", 250, ge=0)
+    weight_decay: float = doc("of AdamW; none on norms, biases of norms and relative positions", 0.1, ge=0)
+    clip_norm: float = doc("gradients are clipped to this norm; 0 = not", 1.0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = doc("autocast type", "fp32")
+    augment: AugmentConfig = doc("augmentation", AugmentConfig())
+    validate_every: int = doc("epochs between validations; the last is always validated", 1, ge=1)
+    checkpoint_seconds: float = doc("a checkpoint is due after so long, s; also at each epoch's end", 300.0, ge=0)
+    threads: int = doc("torch threads of a process; part of the result on CPU", 1, ge=1)
+    workers: int = doc("loader processes; 0 = in the training process", 0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = doc("auto takes a GPU where one is visible", "auto")
+    processes: int = doc("DistributedDataParallel processes of one task", 1, ge=1)
+
+
+class FinetuneConfig(TrainConfig):
+    """Fusion fine-tuning; on top of a training, what is fused and from where."""
+
+    modalities: tuple[str, ...] = doc("fused modalities", ("rgb", "ndvi"), min_length=1)
+    primary: str = doc("modality that queries the others", "rgb")
+    backbones: Literal["pretrained", "full"] = doc("pretrained: frozen after pretraining; full: all trains", "pretrained")
+    heads: Literal["primary", "none"] = doc("start pyramid and heads from the primary's pretraining, or anew", "primary")
+
+    @model_validator(mode="after")
+    def _primary_is_fused(self) -> FinetuneConfig:
+        if self.primary not in self.modalities:
+            raise ValueError(f"primary = {self.primary!r} is not fused. Known: {', '.join(sorted(self.modalities))}")
+        return self
+
+
+class PretrainConfig(TrainConfig):
+    """Unimodal pretraining, one detector per modality."""
+
+    modalities: tuple[str, ...] = doc("modalities to pretrain; empty = all of the data", ())
+
+
+class EvaluateConfig(Section):
+    """Scoring of every trained cell on the test split."""
+
+    size_edges_m2: tuple[float, ...] = doc("edges of the size classes, m2 (small to large)", (2000.0, 12000.0))
+    gallery: int = doc("pictures of ground truth and predictions a cell", 6, ge=0)
+    score_threshold: float = doc("lower detections are not drawn (all are scored)", 0.5, ge=0, le=1)
+
+
+class MeasureConfig(Section):
+    """Peak memory of one sample + model + forward + backward (Li et al. 2025, Table 2)."""
+
+    modality_sets: tuple[tuple[str, ...], ...] = doc("measured sets; empty = the sets of the sweep and the primary", ())
+    arms: tuple[Literal["pretrained", "full"], ...] = doc("measured arms", ("pretrained", "full"), min_length=1)
+    chip_px: int = doc("side of the sample, px", 256, ge=32)
+    precision: Literal["fp32", "bf16", "fp16"] = doc("autocast type", "bf16")
+    device: Literal["auto", "cpu", "cuda"] = doc("auto takes a GPU where one is visible", "auto")
+    repeats: int = doc("measured steps after the warm-up", 3, ge=1)
+    warmups: int = doc("steps before them", 1, ge=0)
+
+
+class SiteConfig(Section):
+    """A place to run: what `configs/sites/*.yaml` holds."""
+
+    name: str = doc("name of the site", "local")
+    executor: Literal["local", "slurm", "debug"] = doc("processes here, Slurm jobs, or in this process", "local")
+    max_jobs: int = doc("jobs at once", 2, ge=1)
+    account: str = doc("Slurm account", "")
+    partition: str = doc("Slurm partition", "")
+    qos: str = doc("Slurm quality of service", "")
+    constraint: str = doc("Slurm node features", "")
+    gpus: int = doc("GPUs of a training job", 0, ge=0)
+    cpus: int = doc("cores of a job", 1, ge=1)
+    memory_gb: int = doc("memory of a job, GB", 8, ge=1)
+    minutes: int = doc("time limit of a job, minutes", 240, ge=1)
+    image: str = doc("Apptainer image the tasks run in; empty = this environment", "")
+    binds: tuple[str, ...] = doc("paths bound into the image", ())
+
+
+class RunConfig(Section):
+    """A sweep: what `configs/sweeps/*.yaml` holds. `data`, `model` and `site` may name a shipped file."""
+
+    name: str = doc("name of the run and of its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: DataConfig = doc("the data set, or the name of one in configs/data")
+    model: ModelConfig = doc("the detector, or the name of one in configs/models")
+    pretrain: PretrainConfig = doc("stage 1", PretrainConfig())
+    finetune: FinetuneConfig = doc("stage 2")
+    evaluate: EvaluateConfig = doc("scoring", EvaluateConfig())
+    measure: MeasureConfig = doc("memory", MeasureConfig())
+    site: SiteConfig = doc("where to run, or the name of one in configs/sites", SiteConfig())
+    seed: int = doc("seed of weights, order and augmentation", 0, ge=0)
+    grid: dict[str, tuple[Any, ...]] = doc("dotted key -> values; every combination is a finetune cell", {})
+
+    @model_validator(mode="after")
+    def _modalities_known(self) -> RunConfig:
+        for place, names in (
+            ("finetune.modalities", self.finetune.modalities),
+            ("pretrain.modalities", self.pretrain.modalities),
+            ("finetune.primary", (self.finetune.primary,)),
+        ):
+            for name in names:
+                if name not in self.data.modalities:
+                    raise ValueError(unknown(place, name, self.data.modalities))
+        return self

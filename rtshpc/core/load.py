@@ -1,0 +1,349 @@
+"""YAML files and `--set` -> config; every mistake is one line that names the file and the key.
+
+A file of any kind may start from another of its kind with `base: NAME`; mappings are merged key by key, `null`
+takes the base's value away, anything else replaces it. In a sweep, `data`, `model` and `site` name a file
+(`data: synthetic`) or start from one (`data: {base: synthetic, chip: {size_px: 128}}`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rtshpc.core.cell import Cell
+from rtshpc.core.config import DataConfig, ModelConfig, RunConfig, Section, SiteConfig
+from rtshpc.core.config.explain import explain, fields_at, show
+from rtshpc.core.errors import ConfigError, guess
+from rtshpc.core.records import write_text
+
+FOLDERS = {"sweep": "sweeps", "data": "data", "model": "models", "site": "sites"}
+"""Kind of config -> folder under configs/."""
+
+PROVENANCE = "provenance"
+"""Key of a run's config.yaml that says what the run was made with."""
+
+AnySection = TypeVar("AnySection", bound=Section)
+Key = tuple[str, ...]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key written twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As yaml.SafeLoader, but a duplicate key is an error with its line."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = cast(Any, self.construct_object(key_node, deep=True))  # pyright: ignore[reportUnknownMemberType]
+            if isinstance(key, list | dict):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'key "{key}" is given twice', key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+@dataclass
+class Raw:
+    """A config before validation: values, and which file or `--set` each came from."""
+
+    values: dict[str, Any]
+    origins: dict[Key, tuple[str, int]] = field(default_factory=dict[Key, tuple[str, int]])
+    """Key prefix -> (place, leading keys that are not spelled in that place)."""
+
+    def locate(self, key: Key) -> tuple[str, Key]:
+        """Place that gave `key` (or the nearest section above it) and the key as spelled there."""
+        for length in range(len(key), -1, -1):
+            if key[:length] in self.origins:
+                place, strip = self.origins[key[:length]]
+                return place, key[strip:]
+        return "config", key
+
+    def below(self, at: Key) -> Raw:
+        """The same values as the section `at` of a larger config."""
+        values = self.values
+        for name in reversed(at):
+            values = {name: values}
+        moved = {(*at, *key): (place, strip + len(at)) for key, (place, strip) in self.origins.items()}
+        return Raw(values, moved)
+
+    def merge(self, other: Raw) -> None:
+        """Put the values of `other` over these: mappings key by key, null takes away, else replace."""
+        self._merge(self.values, other.values, other, ())
+
+    def assign(self, key: Key, value: Any, place: str) -> None:
+        """Put one value in place; its key must lead through sections. Raises ConfigError."""
+        section = self.values
+        for depth, name in enumerate(key[:-1]):
+            inner = section.setdefault(name, {})
+            if not isinstance(inner, dict):
+                way = ".".join(key[: depth + 1])
+                raise ConfigError(f"{place}: {'.'.join(key)}: {way} = {show(inner)} has no keys")
+            section = cast(dict[str, Any], inner)
+        section.pop(key[-1], None)
+        if value is not None:
+            section[key[-1]] = value
+        self._forget(key)
+        self.origins[key] = (place, 0)
+
+    def _merge(self, mine: dict[str, Any], theirs: Mapping[str, Any], other: Raw, at: Key) -> None:
+        for name, value in theirs.items():
+            key = (*at, name)
+            old = mine.get(name)
+            if isinstance(value, dict) and isinstance(old, dict):
+                self._merge(cast(dict[str, Any], old), cast(dict[str, Any], value), other, key)
+                continue
+            self._forget(key)
+            mine.pop(name, None)
+            if value is None:
+                continue
+            mine[name] = value
+            place, local = other.locate(key)
+            self.origins[key] = (place, len(key) - len(local))
+            self.origins.update({k: v for k, v in other.origins.items() if k[: len(key)] == key})
+
+    def _forget(self, key: Key) -> None:
+        for origin in [origin for origin in self.origins if origin[: len(key)] == key]:
+            del self.origins[origin]
+
+
+def shipped_folder(name: str) -> Path:
+    """Folder `name` (`configs` or `slurm`) of the clone this code lies in, else of the installed package."""
+    package = Path(str(resources.files("rtshpc")))
+    clone = package.parent / name
+    if clone.is_dir() and (package.parent / "pyproject.toml").is_file():
+        return clone
+    return package / "_shipped" / name
+
+
+def config_folders(kind: str) -> list[Path]:
+    """Where names of this kind are looked up: ./configs first, then what came with the code."""
+    folders = [Path("configs") / FOLDERS[kind], shipped_folder("configs") / FOLDERS[kind]]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def known_names(kind: str) -> list[str]:
+    """Names that can be given for a config of this kind."""
+    return sorted({path.stem for folder in config_folders(kind) for path in folder.glob("*.yaml")})
+
+
+def find_config(kind: str, name_or_path: str, place: str = "") -> Path:
+    """The YAML file that a name or a path means.
+
+    Raises:
+        ConfigError: no such file; `place` says who asked for it.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        path = Path(text)
+        if path.is_file():
+            return path
+        raise ConfigError(
+            f"{place}{text}: no such file. Or give a name.{guess(Path(text).stem, known_names(kind))}"
+        )
+    for folder in config_folders(kind):
+        path = folder / f"{text}.yaml"
+        if path.is_file():
+            return path
+    raise ConfigError(f'{place}{kind} "{text}" is unknown.{guess(text, known_names(kind))}')
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """One YAML document by the safe loader, duplicate keys refused.
+
+    Raises:
+        ConfigError: not YAML; the line is named.
+    """
+    loader = _UniqueKeyLoader(text)
+    try:
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise ConfigError(f"{place}{line}: not valid YAML: {' '.join(str(error.problem).split())}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()  # pyright: ignore[reportUnknownMemberType]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: absent, unreadable, or not a mapping of names.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{_shown(path)}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{_shown(path)}: is not UTF-8 text") from None
+    return _mapping(parse_yaml(text, _shown(path)), _shown(path))
+
+
+def load_run(name_or_path: str | Path, sets: Sequence[str] = ()) -> RunConfig:
+    """A sweep by name (`demo`) or path, with `--set` overrides such as `finetune.epochs=3`.
+
+    Raises:
+        ConfigError: one line; file (or `--set`), key, value, what is allowed, and a guess.
+    """
+    raw = _read("sweep", str(name_or_path))
+    raw.values.pop(PROVENANCE, None)
+    assignments = [parse_set(text) for text in sets]
+    sections = ("data", "model", "site")
+    for key, value in assignments:
+        if len(key) == 1 and key[0] in sections:
+            raw.assign(key, value, "--set")
+    for name in sections:
+        _resolve_section(raw, name)
+    for key, value in assignments:
+        if len(key) > 1 or key[0] not in sections:
+            raw.assign(key, value, "--set")
+    return validate(raw, RunConfig)
+
+
+def load_data(name_or_path: str | Path, sets: Sequence[str] = ()) -> DataConfig:
+    """A data set of configs/data, or of a path. Raises ConfigError."""
+    return _load_section("data", name_or_path, sets, DataConfig)
+
+
+def load_model(name_or_path: str | Path, sets: Sequence[str] = ()) -> ModelConfig:
+    """A model of configs/models, or of a path. Raises ConfigError."""
+    return _load_section("model", name_or_path, sets, ModelConfig)
+
+
+def load_site(name_or_path: str | Path, sets: Sequence[str] = ()) -> SiteConfig:
+    """A site of configs/sites, or of a path. Raises ConfigError."""
+    return _load_section("site", name_or_path, sets, SiteConfig)
+
+
+def parse_set(text: str) -> tuple[Key, Any]:
+    """`a.b=c` -> (("a", "b"), c) with c read as YAML; under `grid` the rest is one dotted key.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    name, equals, value = text.partition("=")
+    first, *rest = name.strip().split(".")
+    if not equals or not all((first, *rest)):
+        raise ConfigError(f"--set {text}: write it as key=value, e.g. finetune.epochs=12")
+    if first == "grid" and rest:
+        rest = [".".join(rest)]
+    return (first, *rest), parse_yaml(value, f"--set {name}")
+
+
+def validate(raw: Raw, model: type[AnySection]) -> AnySection:
+    """The config section of `raw`. Raises ConfigError for its first mistake."""
+    try:
+        return model.model_validate(raw.values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, cast(type[BaseModel], model), raw.locate)) from None
+
+
+def write_run_config(path: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
+    """Write a run's config.yaml: the resolved sweep, and what it is made with."""
+    values: dict[str, Any] = {PROVENANCE: dict(provenance), **config.model_dump(mode="json")}
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110))
+
+
+def read_run_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The resolved sweep of a run folder and its provenance. Raises ConfigError."""
+    values = read_yaml(path)
+    provenance = cast(dict[str, Any], values.pop(PROVENANCE, None) or {})
+    return validate(Raw(values, {(): (_shown(path), 0)}), RunConfig), provenance
+
+
+def write_cell(path: Path, cell: Cell) -> None:
+    """Write `cells/<id>/config.yaml`."""
+    write_text(
+        path, yaml.safe_dump(cell.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    )
+
+
+def read_cell(path: Path) -> Cell:
+    """The cell of `cells/<id>/config.yaml`. Raises ConfigError."""
+    return validate(Raw(read_yaml(path), {(): (_shown(path), 0)}), Cell)
+
+
+def _load_section(
+    kind: str, name_or_path: str | Path, sets: Sequence[str], model: type[AnySection]
+) -> AnySection:
+    raw = _read(kind, str(name_or_path))
+    for key, value in map(parse_set, sets):
+        raw.assign(key, value, "--set")
+    return validate(raw, model)
+
+
+def _read(kind: str, name_or_path: str, place: str = "", above: tuple[Path, ...] = ()) -> Raw:
+    """A file with its bases below it."""
+    path = find_config(kind, name_or_path, place)
+    if path.resolve() in above:
+        raise ConfigError(f"{_shown(path)}: base leads back to this file")
+    values = read_yaml(path)
+    shown = _shown(path)
+    base = values.pop("base", None)
+    own = Raw(values, {(): (shown, 0)})
+    if base is None:
+        return own
+    raw = _read(kind, _text(base, f"{shown}: base"), f"{shown}: base: ", (*above, path.resolve()))
+    raw.merge(own)
+    raw.origins[()] = (shown, 0)
+    return raw
+
+
+def _resolve_section(raw: Raw, name: str) -> None:
+    """Replace `data: NAME` or `data: {base: NAME, ...}` by the section itself."""
+    value = raw.values.get(name)
+    place, key = raw.locate((name,))
+    spelled = f"{place}: {'.'.join(key)}"
+    if isinstance(value, str):
+        base, over = value, dict[str, Any]()
+    elif isinstance(value, dict) and "base" in value:
+        over = dict(cast(dict[str, Any], value))
+        base = _text(over.pop("base"), f"{spelled}.base")
+    elif value is None or isinstance(value, dict):
+        return
+    else:
+        raise ConfigError(
+            f"{spelled} = {show(value)} must be a name or a section.{guess('', known_names(name))}"
+        )
+    section = _read(name, base, f"{spelled}: ").below((name,))
+    section.merge(Raw({name: over}, raw.origins))
+    raw.values[name] = section.values[name]
+    raw.origins.update(section.origins)
+
+
+def _mapping(value: Any, place: str) -> dict[str, Any]:
+    if value is None:
+        raise ConfigError(f"{place}: is empty")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place}: must be a mapping of keys to values, found {show(value)}")
+    return {str(key): item for key, item in cast(dict[Any, Any], value).items()}
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{place} = {show(value)} must be the name of a config")
+    return value
+
+
+def _shown(path: Path) -> str:
+    """The path as a user would type it here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def allowed_keys(key: Key) -> list[str] | None:
+    """Names that a sweep may have under a dotted key, e.g. of `("finetune",)`; None where it is no section."""
+    return fields_at(RunConfig, key)

@@ -1,0 +1,154 @@
+"""Every file name of a run, spelled once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CellPaths:
+    """The folder of one cell, `cells/<cell-id>/`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The cell itself (`Cell` as YAML): all that a stage needs to run it again by hand."""
+        return self.root / "config.yaml"
+
+    @property
+    def record(self) -> Path:
+        """The result; the cell is done when this file is there and valid."""
+        return self.root / "record.json"
+
+    @property
+    def failure(self) -> Path:
+        """Why the last attempt ended without a record; removed by the next attempt."""
+        return self.root / "failure.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: training curve."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        """`{phase, done, total, text}` of the attempt in progress, for displays."""
+        return self.root / "progress.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Model, optimizer, schedule, sampler position and RNG of the last saved step."""
+        return self.checkpoints / "last.pt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """Model of the epoch with the best validation AP50."""
+        return self.checkpoints / "best.pt"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def predictions(self) -> Path:
+        """COCO JSON of the cell's detections, with geographic coordinates."""
+        return self.root / "predictions.json"
+
+    @property
+    def gallery(self) -> Path:
+        return self.root / "gallery"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The folder of one run, `runs/<name>/`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def scenes(self) -> Path:
+        """Generated scenes, where the data config asks for them."""
+        return self.root / "scenes"
+
+    @property
+    def shards(self) -> Path:
+        return self.root / "shards"
+
+    @property
+    def index(self) -> Path:
+        return self.shards / "index.json"
+
+    @property
+    def rejected(self) -> Path:
+        return self.shards / "rejected.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def report_page(self) -> Path:
+        return self.report / "index.html"
+
+    @property
+    def report_markdown(self) -> Path:
+        return self.report / "report.md"
+
+    def report_table(self, name: str) -> Path:
+        """One table of the report as CSV."""
+        return self.report / f"{name}.csv"
+
+    def report_figure(self, name: str) -> Path:
+        """One figure of the report as SVG."""
+        return self.report / "figures" / f"{name}.svg"
+
+    @property
+    def cells(self) -> Path:
+        return self.root / "cells"
+
+    def cell(self, cell_id: str) -> CellPaths:
+        return CellPaths(self.cells / cell_id)
+
+    def shard(self, task: int, part: int) -> Path:
+        """Shard number `part` written by preprocess task `task`."""
+        return self.shards / f"{task:04d}-{part:03d}.h5"
+
+    def create(self) -> None:
+        """Make the run's folders, writable by the owner only as far as others are concerned."""
+        for folder in (self.root, self.logs, self.shards, self.cells, self.report):
+            make_private(folder)
+
+
+def make_private(folder: Path) -> Path:
+    """Create `folder` (and parents) so that nobody but its owner can write in it.
+
+    A pickle in a folder that others can write is code they can run as us.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mode = folder.stat().st_mode
+    if mode & 0o022 and os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+        folder.chmod(mode & 0o7755)
+    return folder

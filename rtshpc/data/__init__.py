@@ -1,0 +1,1 @@
+"""Shards of chips, and samples out of them."""

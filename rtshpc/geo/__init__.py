@@ -1,0 +1,1 @@
+"""Rasters, grids, chips and instances on the ground. No torch."""

@@ -1,0 +1,1 @@
+"""Clusters, containers, executors and device counters. No torch."""

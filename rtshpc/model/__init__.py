@@ -1,0 +1,1 @@
+"""The detector: backbones, pyramid, heads, weights."""

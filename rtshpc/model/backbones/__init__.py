@@ -1,0 +1,1 @@
+"""Bottom-up networks: image -> scales at stride 4 to 32."""

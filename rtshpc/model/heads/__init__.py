@@ -1,0 +1,1 @@
+"""Region proposals, boxes and masks on a pyramid."""

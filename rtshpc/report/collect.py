@@ -1,0 +1,181 @@
+"""Reads what a run's records hold; the only place of the report that opens files of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rtshpc.core.cell import STAGES, Cell
+from rtshpc.core.paths import CellPaths, RunPaths
+from rtshpc.core.records import Record, read_json, read_lines, read_record
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One cell of the run with its record, or with why there is none.
+
+    Attributes:
+        reason: why there is no record; empty where there is one.
+        failed: the last attempt left a failure.json (and no record).
+        metrics: rows of metrics.jsonl.
+    """
+
+    cell: Cell
+    paths: CellPaths
+    record: Record | None
+    reason: str = ""
+    failed: bool = False
+    metrics: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def source(self) -> str:
+        """Path of the record relative to the run."""
+        return f"cells/{self.cell.id}/record.json"
+
+    def get(self, key: str) -> Any | None:
+        """A value of the results by dotted key, e.g. `mask.AP50`; None where the record has none."""
+        return dig(self.record.results, key) if self.record else None
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """All that a report may tell about a run.
+
+    Attributes:
+        cells: every cell with a readable config.yaml but those of stage summarise, in the order of the stages.
+        unreadable: (name of the cell folder, why its config cannot be read).
+        index: shards/index.json, or None.
+        rejected: shards/rejected.json, or None.
+    """
+
+    cells: tuple[CellResult, ...]
+    unreadable: tuple[tuple[str, str], ...]
+    index: Mapping[str, Any] | None
+    rejected: tuple[Mapping[str, Any], ...] | None
+
+    @cached_property
+    def by_id(self) -> dict[str, CellResult]:
+        """Cells by id."""
+        return {result.cell.id: result for result in self.cells}
+
+    def of(self, *stages: str) -> tuple[CellResult, ...]:
+        """Cells of these stages."""
+        return tuple(result for result in self.cells if result.cell.stage in stages)
+
+    @property
+    def done(self) -> tuple[CellResult, ...]:
+        """Cells with a record."""
+        return tuple(result for result in self.cells if result.record)
+
+    @property
+    def gather(self) -> CellResult | None:
+        """The gather cell of the index on disk: the one whose record was started last."""
+        found = [result for result in self.of("gather") if result.record]
+        return max(found, key=_started, default=None)
+
+    def gather_of(self, result: CellResult) -> str:
+        """Id of the gather cell that a training or an evaluation read; empty where it names none."""
+        stages = {name: self.by_id[name].cell.stage for name in result.cell.needs if name in self.by_id}
+        return next((name for name, stage in stages.items() if stage == "gather"), "")
+
+
+def dig(value: Any, key: str) -> Any | None:
+    """Follow a dotted key through mappings; None where it leads nowhere."""
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def collect(paths: RunPaths) -> RunRecords:
+    """Read every cell, record, failure and curve of a run; nothing is written and nothing is computed."""
+    found: list[CellResult] = []
+    unreadable: list[tuple[str, str]] = []
+    folders = sorted(paths.cells.iterdir()) if paths.cells.is_dir() else []
+    for folder in folders:
+        if not folder.is_dir():
+            continue
+        cell, why = _read_cell(CellPaths(folder))
+        if cell is None:
+            unreadable.append((folder.name, why))
+        elif cell.stage != "summarise":
+            found.append(_read_result(cell, CellPaths(folder)))
+    by_id = {result.cell.id: result for result in found}
+    explained = [_explain(result, by_id) for result in found]
+    explained.sort(key=_order)
+    index = read_json(paths.index)
+    rejected = read_json(paths.rejected)
+    return RunRecords(
+        cells=tuple(explained),
+        unreadable=tuple(unreadable),
+        index=index if isinstance(index, dict) else None,
+        rejected=tuple(rejected) if isinstance(rejected, list) else None,
+    )
+
+
+def _read_cell(paths: CellPaths) -> tuple[Cell | None, str]:
+    try:
+        value = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
+        cell = Cell.model_validate(value)
+    except FileNotFoundError:
+        return None, "config.yaml is missing"
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None, "config.yaml cannot be read"
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        return None, f"config.yaml does not fit this version: {place}: {first['msg']}"
+    if cell.id != paths.root.name or cell.stage not in STAGES:
+        return None, "config.yaml names another cell or an unknown stage"
+    return cell, ""
+
+
+def _read_result(cell: Cell, paths: CellPaths) -> CellResult:
+    record = read_record(paths.record)
+    if record is not None and record.cell == cell.id and record.stage == cell.stage:
+        rows = tuple(row for row in read_lines(paths.metrics) if isinstance(row, dict))
+        return CellResult(cell, paths, record, metrics=rows)
+    failure = read_json(paths.failure)
+    if isinstance(failure, dict):
+        kind, error = str(failure.get("kind") or ""), str(failure.get("error") or "no message")
+        first_line = error.strip().splitlines()[0] if error.strip() else "no message"
+        return CellResult(cell, paths, None, f"failed: {kind + ': ' if kind else ''}{first_line}", failed=True)
+    reason = "the record is not valid" if paths.record.exists() else "no record: not run, or not finished"
+    return CellResult(cell, paths, None, reason)
+
+
+def _explain(result: CellResult, by_id: Mapping[str, CellResult]) -> CellResult:
+    """Where a cell was not run because one it needs has no record, say which."""
+    if result.record or result.failed:
+        return result
+    for name in (*result.cell.needs, *result.cell.backbones.values()):
+        needed = by_id.get(name)
+        if needed is not None and needed.record is None:
+            why = "failed" if needed.failed else "has no record"
+            text = f"not run: it needs {needed.cell.label or needed.cell.stage} ({name}), which {why}"
+            return CellResult(result.cell, result.paths, None, text)
+    return result
+
+
+def _order(result: CellResult) -> tuple[Any, ...]:
+    cell = result.cell
+    return (STAGES.index(cell.stage), cell.task, len(cell.modalities), cell.label, cell.id)
+
+
+def _started(result: CellResult) -> tuple[str, str]:
+    return (result.record.started if result.record else "", result.cell.id)
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file `name` of `folder`; None where it is not there or points outside of the folder."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return None
+    return path

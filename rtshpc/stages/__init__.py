@@ -1,0 +1,1 @@
+"""The pipeline, a verb a module: shards, training, scores, memory, report."""
