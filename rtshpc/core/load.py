@@ -1,7 +1,7 @@
 """YAML files and `--set` -> config; every mistake is one line that names the file and the key.
 
-A file of any kind may start from another of its kind with `base: NAME`; mappings are merged key by key, `null`
-takes the base's value away, anything else replaces it. In a sweep, `data`, `model` and `site` name a file
+A file of any kind may start from another of its kind with `base: NAME`; mappings are merged key by key,
+`null` takes the base's value away, all else replaces it. In a sweep, `data`, `model` and `site` name a file
 (`data: synthetic`) or start from one (`data: {base: synthetic, chip: {size_px: 128}}`).
 """
 
@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.config import DataConfig, ModelConfig, RunConfig, Section, SiteConfig
-from rtshpc.core.config.explain import explain, fields_at, show
+from rtshpc.core.config.explain import explain, show
 from rtshpc.core.errors import ConfigError, guess
+from rtshpc.core.grid import GridError, combinations
 from rtshpc.core.records import write_text
 
 FOLDERS = {"sweep": "sweeps", "data": "data", "model": "models", "site": "sites"}
@@ -84,13 +85,17 @@ class Raw:
         """Put one value in place; its key must lead through sections. Raises ConfigError."""
         section = self.values
         for depth, name in enumerate(key[:-1]):
-            inner = section.setdefault(name, {})
+            if name not in section:
+                section[name] = {}
+                self.origins[key[: depth + 1]] = (place, 0)
+            inner = section[name]
             if not isinstance(inner, dict):
                 way = ".".join(key[: depth + 1])
                 raise ConfigError(f"{place}: {'.'.join(key)}: {way} = {show(inner)} has no keys")
             section = cast(dict[str, Any], inner)
-        section.pop(key[-1], None)
-        if value is not None:
+        if value is None:
+            section.pop(key[-1], None)
+        else:
             section[key[-1]] = value
         self._forget(key)
         self.origins[key] = (place, 0)
@@ -103,8 +108,8 @@ class Raw:
                 self._merge(cast(dict[str, Any], old), cast(dict[str, Any], value), other, key)
                 continue
             self._forget(key)
-            mine.pop(name, None)
             if value is None:
+                mine.pop(name, None)
                 continue
             mine[name] = value
             place, local = other.locate(key)
@@ -200,15 +205,21 @@ def load_run(name_or_path: str | Path, sets: Sequence[str] = ()) -> RunConfig:
     raw.values.pop(PROVENANCE, None)
     assignments = [parse_set(text) for text in sets]
     sections = ("data", "model", "site")
-    for key, value in assignments:
-        if len(key) == 1 and key[0] in sections:
+    whole = [key in {(name,) for name in sections} for key, _ in assignments]
+    for (key, value), names_file in zip(assignments, whole, strict=True):
+        if names_file:
             raw.assign(key, value, "--set")
     for name in sections:
         _resolve_section(raw, name)
-    for key, value in assignments:
-        if len(key) > 1 or key[0] not in sections:
+    for (key, value), names_file in zip(assignments, whole, strict=True):
+        if not names_file:
             raw.assign(key, value, "--set")
-    return validate(raw, RunConfig)
+    config = validate(raw, RunConfig)
+    try:
+        combinations(config)
+    except GridError as error:
+        raise ConfigError(f"{raw.locate(('grid', error.key))[0]}: {error}") from None
+    return config
 
 
 def load_data(name_or_path: str | Path, sets: Sequence[str] = ()) -> DataConfig:
@@ -342,8 +353,3 @@ def _shown(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def allowed_keys(key: Key) -> list[str] | None:
-    """Names that a sweep may have under a dotted key, e.g. of `("finetune",)`; None where it is no section."""
-    return fields_at(RunConfig, key)

@@ -29,6 +29,16 @@ class CellPaths:
         return self.root / "failure.json"
 
     @property
+    def lock(self) -> Path:
+        """Locked by the attempt in progress: no two processes work on one cell."""
+        return self.root / ".lock"
+
+    @property
+    def attempts(self) -> Path:
+        """One JSON object a line: every attempt that was started."""
+        return self.root / "attempts.jsonl"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line: training curve."""
         return self.root / "metrics.jsonl"
@@ -37,6 +47,11 @@ class CellPaths:
     def progress(self) -> Path:
         """`{phase, done, total, text}` of the attempt in progress, for displays."""
         return self.root / "progress.json"
+
+    @property
+    def journal(self) -> Path:
+        """Preprocess: shards that are whole, so that a task killed after them goes on behind them."""
+        return self.root / "journal.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -83,6 +98,16 @@ class RunPaths:
     @property
     def ledger(self) -> Path:
         return self.root / "ledger.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the launcher that is working on the run."""
+        return self.root / ".lock"
+
+    @property
+    def fingerprints(self) -> Path:
+        """Hashes of the inputs, cached by size and time of change."""
+        return self.root / "fingerprints.json"
 
     @property
     def logs(self) -> Path:

@@ -11,9 +11,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from rtshpc.core import grid
 from rtshpc.core.cell import STAGES, Cell
+from rtshpc.core.errors import RtshpcError
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import Record, read_json, read_lines, read_record
+
+NOT_RUN = "no record: not run, or not finished"
 
 
 @dataclass(frozen=True)
@@ -94,19 +98,29 @@ def dig(value: Any, key: str) -> Any | None:
     return value
 
 
-def collect(paths: RunPaths) -> RunRecords:
-    """Read every cell, record, failure and curve of a run; nothing is written and nothing is computed."""
+def collect(paths: RunPaths, summary: Cell) -> RunRecords:
+    """Read every cell, record, failure and curve of a run; nothing is written and nothing is computed.
+
+    Args:
+        paths: the run.
+        summary: the summarise cell; its config says which cells the sweep has, so that one nobody has
+            started is named too.
+    """
     found: list[CellResult] = []
     unreadable: list[tuple[str, str]] = []
+    planned = _planned(summary)
     folders = sorted(paths.cells.iterdir()) if paths.cells.is_dir() else []
     for folder in folders:
         if not folder.is_dir():
             continue
         cell, why = _read_cell(CellPaths(folder))
+        cell = cell or planned.get(folder.name)
+        planned.pop(folder.name, None)
         if cell is None:
             unreadable.append((folder.name, why))
         elif cell.stage != "summarise":
             found.append(_read_result(cell, CellPaths(folder)))
+    found += [CellResult(cell, paths.cell(name), None, NOT_RUN) for name, cell in planned.items()]
     by_id = {result.cell.id: result for result in found}
     explained = [_explain(result, by_id) for result in found]
     explained.sort(key=_order)
@@ -118,6 +132,15 @@ def collect(paths: RunPaths) -> RunRecords:
         index=index if isinstance(index, dict) else None,
         rejected=tuple(rejected) if isinstance(rejected, list) else None,
     )
+
+
+def _planned(summary: Cell) -> dict[str, Cell]:
+    """The sweep's cells by id but for summarise; empty where this version makes no grid of the config."""
+    try:
+        found = grid.cells(summary.config, summary.data_fingerprint)
+    except RtshpcError:
+        return {}
+    return {cell.id: cell for cell in found if cell.stage != "summarise"}
 
 
 def _read_cell(paths: CellPaths) -> tuple[Cell | None, str]:
@@ -144,11 +167,16 @@ def _read_result(cell: Cell, paths: CellPaths) -> CellResult:
         return CellResult(cell, paths, record, metrics=rows)
     failure = read_json(paths.failure)
     if isinstance(failure, dict):
-        kind, error = str(failure.get("kind") or ""), str(failure.get("error") or "no message")
-        first_line = error.strip().splitlines()[0] if error.strip() else "no message"
-        return CellResult(cell, paths, None, f"failed: {kind + ': ' if kind else ''}{first_line}", failed=True)
-    reason = "the record is not valid" if paths.record.exists() else "no record: not run, or not finished"
+        return CellResult(cell, paths, None, f"failed: {_failure_text(failure)}", failed=True)
+    reason = "the record is not valid" if paths.record.exists() else NOT_RUN
     return CellResult(cell, paths, None, reason)
+
+
+def _failure_text(failure: Mapping[str, Any]) -> str:
+    """First line of the error, with its kind before it; the traceback stays in the file."""
+    lines = str(failure.get("error") or "").strip().splitlines() or ["no message"]
+    kind = str(failure.get("kind") or "")
+    return lines[0] if not kind or lines[0].startswith(kind) else f"{kind}: {lines[0]}"
 
 
 def _explain(result: CellResult, by_id: Mapping[str, CellResult]) -> CellResult:

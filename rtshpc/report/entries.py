@@ -50,6 +50,12 @@ class Table:
     rows: tuple[tuple[Entry, ...], ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which columns hold numbers and are set right."""
+        kinds = [{row[i].kind for row in self.rows} for i in range(len(self.columns))]
+        return tuple(bool(found & {"number", "paper"}) for found in kinds)
+
 
 def words(value: Any, note: str = "", source: str = "") -> Entry:
     """Plain words (a name, a setting)."""
@@ -146,10 +152,9 @@ def markdown_entry(entry: Entry) -> str:
 
 def markdown_table(table: Table) -> str:
     """A table as GitHub Markdown; columns of numbers are set right."""
-    numeric = [any(row[i].kind in ("number", "paper") for row in table.rows) for i in range(len(table.columns))]
     lines = [
         "| " + " | ".join(markdown(column) or " " for column in table.columns) + " |",
-        "|" + "|".join("---:" if right else "---" for right in numeric) + "|",
+        "|" + "|".join("---:" if right else "---" for right in table.numeric) + "|",
     ]
     lines += ["| " + " | ".join(markdown_entry(entry) for entry in row) + " |" for row in table.rows]
     return "\n".join(lines)

@@ -94,7 +94,12 @@ def _cells() -> tuple[PaperCell, ...]:
     """All cells of the paper's RTS comparison, in its order."""
     cells = [
         PaperCell(
-            detector, frozenset({modality}), None, None, "unimodal", value,
+            detector,
+            frozenset({modality}),
+            None,
+            None,
+            "unimodal",
+            value,
             note=_RGB_ALONE_NOTE if (detector, modality) == (CASCADE_MVIT, "rgb") else "",
         )
         for detector, row in _ALONE.items()

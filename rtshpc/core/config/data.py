@@ -17,6 +17,7 @@ class GeneratedConfig(Section):
     size_px: int = doc("side of a scene, px", 256, ge=32, le=20_000)
     resolution_m: float = doc("ground size of a pixel, m", 4.0, gt=0)
     slumps_per_scene: tuple[int, int] = doc("fewest and most slumps in a scene", (1, 4))
+    slump_px: tuple[float, float] = doc("smallest and largest slump, px; real areas outside are drawn again", (100, 1500))
     contrast: float = doc("visibility of slumps, 1 = clear", 1.0, gt=0, le=2)
     rgb_confusers: int = doc("bare patches a scene that look like slumps in RGB alone", 2, ge=0)
     touching: float = doc("chance that a slump touches another", 0.1, ge=0, le=1)
@@ -43,7 +44,7 @@ class ScenesConfig(Section):
     glob: str = doc("pattern of GeoTIFFs, relative to data.root; the scene is named by its stem", "")
     generated: GeneratedConfig | None = doc("draw scenes instead of reading them", None)
     columns: ColumnsConfig = doc("columns of the index", ColumnsConfig())
-    where: dict[str, str] = doc("keep only index rows with these column values", {})
+    where: dict[str, str] = doc('keep only index rows with these column values; "*" = any but empty', {})
     site_pattern: str = doc("with glob: regular expression whose first group in the path is the site", "")
 
     @model_validator(mode="after")

@@ -115,6 +115,8 @@ def _sentence(problem: dict[str, Any], model: type[BaseModel], locate: Locate) -
     if kind in ("value_error", "assertion_error"):
         return _own_check(str(context.get("error", problem["msg"])), location, locate)
     place, key = locate(location)
+    if kind.startswith("union_tag"):
+        place, key = locate((*location, "kind"))
     dotted = ".".join(key)
     if kind == "extra_forbidden":
         _, parent = walk(model, tuple(problem["loc"])[:-1])
@@ -149,9 +151,9 @@ def _wrong_value(key: str, kind: str, value: Any, context: Mapping[str, Any], me
     if kind == "literal_error":
         return unknown(key, str(value), re.findall(r"'([^']*)'", str(context.get("expected", ""))))
     if kind == "union_tag_invalid":
-        return unknown(f"{key}.kind", str(context.get("tag", "")), _tag_names(context))
+        return unknown(key, str(context.get("tag", "")), _tag_names(context))
     if kind == "union_tag_not_found":
-        return f"{key}.kind is missing: it says which keys {key} takes. Known: mvit, resnet."
+        return f"{key} is missing: it says which other keys are allowed"
     if kind in LIMITS:
         name, word = LIMITS[kind]
         return f"{key} = {show(value)} must be {word} {show(context.get(name))}"

@@ -39,7 +39,9 @@ class ResNetConfig(Section):
 class RPNConfig(Section):
     """Region proposal network (Ren et al. 2015) on the pyramid."""
 
-    anchor_sizes: tuple[float, ...] = doc("anchor side per level p2 to p6, px of the network input", (32, 64, 128, 256, 512))
+    anchor_sizes: tuple[float, ...] = doc(
+        "anchor side per level p2 to p6, px of the network input", (32, 64, 128, 256, 512)
+    )
     aspect_ratios: tuple[float, ...] = doc("anchor height over width", (0.5, 1.0, 2.0), min_length=1)
     convs: int = doc("3x3 convolutions before the logits", 2, ge=1)
     iou: tuple[float, float] = doc("below: background; at or above: foreground", (0.3, 0.7))
@@ -47,7 +49,8 @@ class RPNConfig(Section):
     positive_fraction: float = doc("largest foreground share of them", 0.5, gt=0, le=1)
     pre_nms_train: int = doc("proposals per level before suppression, training", 2000, ge=1)
     pre_nms_test: int = doc("proposals per level before suppression, test", 1000, ge=1)
-    post_nms: int = doc("proposals per image after it", 1000, ge=1)
+    post_nms_train: int = doc("proposals per image after it, training", 1000, ge=1)
+    post_nms_test: int = doc("proposals per image after it, test", 1000, ge=1)
     nms_iou: float = doc("overlap that suppresses", 0.7, gt=0, le=1)
 
 

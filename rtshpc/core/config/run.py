@@ -53,12 +53,6 @@ class FinetuneConfig(TrainConfig):
     backbones: Literal["pretrained", "full"] = doc("pretrained: frozen after pretraining; full: all trains", "pretrained")
     heads: Literal["primary", "none"] = doc("start pyramid and heads from the primary's pretraining, or anew", "primary")
 
-    @model_validator(mode="after")
-    def _primary_is_fused(self) -> FinetuneConfig:
-        if self.primary not in self.modalities:
-            raise ValueError(f"primary = {self.primary!r} is not fused. Known: {', '.join(sorted(self.modalities))}")
-        return self
-
 
 class PretrainConfig(TrainConfig):
     """Unimodal pretraining, one detector per modality."""
@@ -128,4 +122,8 @@ class RunConfig(Section):
             for name in names:
                 if name not in self.data.modalities:
                     raise ValueError(unknown(place, name, self.data.modalities))
+        varied = {"finetune.modalities", "finetune.primary"} & set(self.grid)
+        if not varied and self.finetune.primary not in self.finetune.modalities:
+            fused = ", ".join(self.finetune.modalities)
+            raise ValueError(f'finetune.primary = "{self.finetune.primary}" is not fused. Known: {fused}.')
         return self

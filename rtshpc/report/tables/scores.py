@@ -75,12 +75,15 @@ class Scored:
         return measured(self.result, f"{self.metric}.AP50", 2, note=LEAKAGE if self.leaky else "")
 
     @property
+    def setting(self) -> str:
+        """`residual cross, pretrained`; for one modality only the grid values beyond the setting."""
+        return ", ".join((*((self.mixer_name, self.arm) if self.fused else ()), *self.extras))
+
+    @property
     def name(self) -> str:
-        """`RGB+NDVI fused, cross attention with residual, pretrained`."""
-        text = modality_set(self.modalities)
-        if not self.fused:
-            return " · ".join((f"{text} alone", *self.extras))
-        return " · ".join((f"{text} fused", f"{self.mixer_name}, {self.arm}", *self.extras))
+        """`RGB+NDVI fused · residual cross, pretrained`."""
+        text = f"{modality_set(self.modalities)} {'fused' if self.fused else 'alone'}"
+        return " · ".join(part for part in (text, self.setting) if part)
 
     @property
     def mixer_name(self) -> str:
@@ -136,8 +139,13 @@ def _scored(records: RunRecords, result: CellResult) -> Scored:
     mixer = result.get("mixer") if result.record else cell.config.model.fusion.mixer
     residual = result.get("residual") if result.record else cell.config.model.fusion.residual
     return Scored(
-        result, trained, modalities, mixer if fused else None, residual if fused else None,
-        str(result.get("arm") or cell.arm), records.gather_of(result),
+        result,
+        trained,
+        modalities,
+        mixer if fused else None,
+        residual if fused else None,
+        str(result.get("arm") or cell.arm),
+        records.gather_of(result),
     )
 
 
@@ -154,11 +162,13 @@ def alone(rows: tuple[Scored, ...], fused: Scored) -> Scored | None:
 
 def against_primary(rows: tuple[Scored, ...]) -> tuple[Comparison, ...]:
     """Each fused cell against its primary alone, in one sentence, whichever way it went."""
-    return tuple(
-        compare(row, other, f"{row.name.replace(' · ', ' (', 1)})", f"{modality_name(row.modalities[0])} alone")
-        for row in rows
-        if row.fused and (other := alone(rows, row)) is not None
-    )
+    found: list[Comparison] = []
+    for row in rows:
+        other = alone(rows, row) if row.fused else None
+        if other is not None:
+            name, primary = f"{modality_set(row.modalities)} fused", f"{modality_name(row.modalities[0])} alone"
+            found.append(compare(row, other, name, primary, row.setting))
+    return tuple(found)
 
 
 def against_full(rows: tuple[Scored, ...]) -> tuple[Comparison, ...]:
@@ -170,31 +180,27 @@ def against_full(rows: tuple[Scored, ...]) -> tuple[Comparison, ...]:
         setting = (row.modalities, row.mixer, row.residual, row.extras, row.gather, "full")
         for other in rows:
             if (other.modalities, other.mixer, other.residual, other.extras, other.gather, other.arm) == setting:
-                name = " · ".join((f"{modality_set(row.modalities)} ({row.mixer_name})", *row.extras))
-                pairs.append(compare(row, other, f"{name} on pretrained backbones", "its full training"))
+                name = f"{modality_set(row.modalities)} fused on pretrained, frozen backbones"
+                setting_words = ", ".join((row.mixer_name, *row.extras))
+                pairs.append(compare(row, other, name, "the same trained in full", setting_words))
     return tuple(pairs)
 
 
-def compare(first: Scored, second: Scored, first_name: str, second_name: str) -> Comparison:
-    """Say in one sentence how `first` compares with `second`."""
+def compare(first: Scored, second: Scored, first_name: str, second_name: str, setting: str = "") -> Comparison:
+    """Say in one sentence how `first` compares with `second`, whichever is higher."""
     a, b = first.value, second.value
     metric = f"{first.metric} AP50"
     source = sources(first.entry, second.entry)
+    prefix = f"{setting}; " if setting else ""
     if a is None or b is None:
-        absent = first if a is None else second
-        name = first_name if a is None else second_name
+        name, absent = (first_name, first) if a is None else (second_name, second)
         why = absent.entry.note or "no value"
-        sentence = f"{first_name} is not compared with {second_name}: {metric} of {name} is not measured ({why})."
+        sentence = f"{first_name} is not compared with {second_name} ({prefix}{metric} of {name} not measured: {why})."
         return Comparison(first, second, None, Entry(sentence, "missing", source))
     points = f"{abs(a - b):.1f}"
-    if points == "0.0":
-        verdict = f"is level with {second_name} (less than 0.05 points apart"
-    else:
-        verdict = f"is {points} points {'above' if a > b else 'below'} {second_name} ("
-        verdict = verdict.removesuffix("(") + "("
-    joint = "; " if points == "0.0" else ""
+    verdict = f"{points} points {'above' if a > b else 'below'}" if float(points) else "within 0.05 points of"
     leak = f"; {LEAKAGE}" if first.leaky or second.leaky else ""
-    sentence = f"{first_name} {verdict}{joint}{metric} {a:.2f} against {b:.2f}{leak})."
+    sentence = f"{first_name} is {verdict} {second_name} ({prefix}{metric} {a:.2f} against {b:.2f}{leak})."
     return Comparison(first, second, a - b, Entry(sentence, "text", source))
 
 
@@ -212,9 +218,7 @@ def results_table(records: RunRecords, rows: tuple[Scored, ...]) -> Table:
     for row in rows:
         comparison = comparisons.get(row.result.cell.id)
         line = [
-            words(modality_set(row.modalities), " · ".join(row.extras)),
-            words(row.mixer_name if row.fused else "–"),
-            words(row.arm),
+            words(modality_set(row.modalities), row.setting),
             row.entry,
             printed(row.paper.value if row.paper else None, 2, row.paper.note if row.paper else ""),
             _difference(row, comparison),
@@ -231,14 +235,26 @@ def results_table(records: RunRecords, rows: tuple[Scored, ...]) -> Table:
         "its figures are for orientation, not a target.",
     ]
     if several:
-        notes.append("The run folder holds results on more than one data set or split; column “chips” tells them apart.")
+        notes.append(
+            "The run folder holds results on more than one data set or split; column “chips” tells them apart."
+        )
     columns = (
-        "Modalities", "Mixer", "Training", "AP50", "AP50, paper", "vs primary alone", "AP", "AP75", "Box AP50",
-        "Test chips", "Test instances",
+        "Cell",
+        "AP50",
+        "AP50, paper",
+        "vs primary alone",
+        "AP",
+        "AP75",
+        "Box AP50",
+        "Test chips",
+        "Test instances",
     )
     return Table(
-        "results", f"{metric} AP on the test split, percent, one row for each trained cell.",
-        (*columns, "Chips") if several else columns, tuple(body), tuple(notes),
+        "results",
+        f"{metric} AP on the test split, percent, one row for each trained cell.",
+        (*columns, "Chips") if several else columns,
+        tuple(body),
+        tuple(notes),
     )
 
 
@@ -269,8 +285,10 @@ def absent_table(rows: tuple[Scored, ...]) -> Table:
         if id(cell) not in seen
     )
     return Table(
-        "paper_cells_not_in_run", "Cells of the paper's comparison that this run does not contain, AP50 in percent.",
-        ("Detector", "Modalities", "Mixer", "Training", "AP50, paper", "AP50, here"), body,
+        "paper_cells_not_in_run",
+        "Cells of the paper's comparison that this run does not contain, AP50 in percent.",
+        ("Detector", "Modalities", "Mixer", "Training", "AP50, paper", "AP50, here"),
+        body,
     )
 
 
@@ -282,16 +300,12 @@ def sites_table(rows: tuple[Scored, ...]) -> Table | None:
     body: list[tuple[Entry, ...]] = []
     for row in rows:
         found = row.result.get("per_site") or {}
-        body.append((
-            words(row.name),
-            *(
-                _site_entry(row, found, site)
-                for site in sites
-            ),
-        ))
+        body.append((words(row.name), *(_site_entry(row, found, site) for site in sites)))
     return Table(
-        "sites", "AP50 on the test split per site, percent; below each figure what it is computed from.",
-        ("Cell", *sites), tuple(body),
+        "sites",
+        "AP50 on the test split per site, percent; below each figure what it is computed from.",
+        ("Cell", *sites),
+        tuple(body),
     )
 
 
@@ -314,19 +328,54 @@ _FLAT = ("AP", "AP50", "AP75", "AR", "AR_small", "AR_medium", "AR_large")
 def results_csv(rows: tuple[Scored, ...]) -> tuple[list[str], list[list[Any]]]:
     """Everything the evaluations hold, one row a cell, numbers at full precision."""
     columns = [
-        "evaluate_cell", "trained_cell", "modalities", "mixer", "residual", "arm", "varied", "gather_cell",
-        "allow_leakage", "images", "instances", *(f"{kind}_{key}" for kind in ("mask", "box") for key in _FLAT),
-        "paper_AP50", "points_above_primary_alone", "status",
+        "evaluate_cell",
+        "trained_cell",
+        "modalities",
+        "mixer",
+        "residual",
+        "arm",
+        "varied",
+        "gather_cell",
+        "allow_leakage",
+        "images",
+        "instances",
+        *(f"{kind}_{key}" for kind in ("mask", "box") for key in _FLAT),
+        "paper_AP50",
+        "points_above_primary_alone",
+        "status",
     ]
     comparisons = {item.first.result.cell.id: item.difference for item in against_primary(rows)}
     body: list[list[Any]] = []
     for row in rows:
         result = row.result
-        body.append([
-            result.cell.id, row.trained.cell.id if row.trained else None, "+".join(row.modalities), row.mixer,
-            row.residual, row.arm, "; ".join(row.extras), row.gather, result.get("allow_leakage"),
-            result.get("images"), result.get("instances"),
-            *(result.get(f"{kind}.{key}") for kind in ("mask", "box") for key in _FLAT),
-            row.paper.value if row.paper else None, comparisons.get(result.cell.id), result.reason or "done",
-        ])
+        body.append(
+            [
+                result.cell.id,
+                row.trained.cell.id if row.trained else None,
+                "+".join(row.modalities),
+                row.mixer,
+                row.residual,
+                row.arm,
+                "; ".join(row.extras),
+                row.gather,
+                result.get("allow_leakage"),
+                result.get("images"),
+                result.get("instances"),
+                *(result.get(f"{kind}.{key}") for kind in ("mask", "box") for key in _FLAT),
+                row.paper.value if row.paper else None,
+                comparisons.get(result.cell.id),
+                result.reason or "done",
+            ]
+        )
+    return columns, body
+
+
+def sites_csv(rows: tuple[Scored, ...]) -> tuple[list[str], list[list[Any]]]:
+    """AP50 per site in long form, one row for each cell and site."""
+    columns = ["evaluate_cell", "cell", "site", "images", "instances", "mask_AP50", "box_AP50", "allow_leakage"]
+    body: list[list[Any]] = []
+    for row in rows:
+        for site, values in sorted((row.result.get("per_site") or {}).items()):
+            found = (values.get(key) for key in columns[3:7])
+            body.append([row.result.cell.id, row.name, site, *found, row.result.get("allow_leakage")])
     return columns, body

@@ -1,0 +1,321 @@
+"""A sweep -> its cells, each with an id that changes exactly when its result can change.
+
+Hashed: the config sections a stage's result depends on, the ids of the cells it builds on, the fingerprint
+of the inputs and the stage's RESULT_VERSION. Not hashed: names, paths, sites, workers, how chips are stored.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from rtshpc.core.cell import RESULT_VERSION, STAGES, Cell, digest
+from rtshpc.core.config import FinetuneConfig, RunConfig
+from rtshpc.core.config.explain import explain, fields_at, show
+from rtshpc.core.errors import ConfigError, guess
+from rtshpc.core.paths import RunPaths
+from rtshpc.core.records import Record, read_json, read_record
+
+VARIABLE = ("finetune", "model.fusion", "seed")
+"""What a grid may vary: sections or keys of the sweep that only fine-tuning depends on."""
+
+UNHASHED_TRAINING = {"workers", "device", "checkpoint_seconds", "modalities", "primary", "backbones", "heads"}
+"""Keys of a training that never change its result, or that are hashed as the cell's modalities and arm."""
+
+
+class GridError(ConfigError):
+    """A key or value of `grid` is not allowed; `key` is the dotted key."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+
+def combinations(config: RunConfig) -> list[tuple[dict[str, Any], RunConfig]]:
+    """Every combination of the grid's values: (varied values, config with them in place), in order.
+
+    Without a grid there is one combination that varies nothing.
+
+    Raises:
+        GridError: a key that cannot be varied, no values, or a value the config refuses.
+    """
+    for key, values in config.grid.items():
+        _check_key(key)
+        if not values:
+            raise GridError(key, f"grid.{key} = [] must have at least one value")
+    base = config.model_copy(update={"grid": {}}).model_dump(mode="json")
+    found: list[tuple[dict[str, Any], RunConfig]] = []
+    for values in itertools.product(*config.grid.values()):
+        varied = dict(zip(config.grid, values, strict=True))
+        found.append((varied, _with_values(base, varied)))
+    return found
+
+
+def cells(config: RunConfig, fingerprint: str) -> list[Cell]:
+    """All cells of a sweep in stage order; every cell comes after the cells it needs.
+
+    Args:
+        config: the resolved sweep.
+        fingerprint: of the input data, see core.scenes.
+
+    Raises:
+        GridError: see `combinations`.
+    """
+    variants = combinations(config)
+    plain = config.model_copy(update={"grid": {}})
+    shards = _shard_cells(plain, fingerprint)
+    gather = shards[-1]
+    pretrained = {
+        modality: _pretrain_cell(plain, modality, gather)
+        for modality in _pretrained_modalities(plain, variants)
+    }
+    tuned = [_finetune_cell(variant, varied, gather, pretrained) for varied, variant in variants]
+    trained = [*pretrained.values(), *_unique(tuned)]
+    found = [
+        *shards,
+        *trained,
+        *(_evaluate_cell(cell, gather) for cell in trained),
+        *_measure_cells(plain, trained, fingerprint),
+        _summarise_cell(plain, fingerprint),
+    ]
+    return _numbered(_unique(found))
+
+
+def finished(cell: Cell, paths: RunPaths) -> Record | None:
+    """The record of a cell that is done: valid, of this RESULT_VERSION, with the files it speaks of there.
+
+    A lost shard, index or checkpoint makes its cell undone, so that the next start finds and remakes it.
+    A summary is never done: it reads whatever records there are.
+    """
+    record = read_record(paths.cell(cell.id).record)
+    if record is None or record.cell != cell.id or record.stage != cell.stage or cell.stage == "summarise":
+        return None
+    if record.result_version != RESULT_VERSION[cell.stage]:
+        return None
+    return record if _files_there(cell, record, paths) else None
+
+
+def _files_there(cell: Cell, record: Record, paths: RunPaths) -> bool:
+    if cell.stage == "preprocess":
+        shards = cast(list[dict[str, Any]], record.results.get("shards", []))
+        files = [(paths.shards / str(shard["file"]), shard.get("bytes")) for shard in shards]
+        return all(file.is_file() and size in (None, file.stat().st_size) for file, size in files)
+    if cell.stage == "gather":
+        index = read_json(paths.index)
+        if not isinstance(index, dict) or not paths.rejected.is_file():
+            return False
+        names = cast(dict[str, Any], cast(dict[str, Any], index).get("shards", {}))
+        return all((paths.shards / name).is_file() for name in names)
+    if cell.stage in ("pretrain", "finetune"):
+        checkpoint = str(record.results.get("checkpoint") or "")
+        folder = paths.cell(cell.id).root
+        return any((root / checkpoint).is_file() for root in (folder, folder / "checkpoints", paths.root))
+    return True
+
+
+def _check_key(key: str) -> None:
+    """Raise GridError unless the sweep has `key` and a grid may vary it."""
+    parts = tuple(key.split("."))
+    known = fields_at(RunConfig, parts[:-1])
+    if known is None or parts[-1] not in known:
+        section = ".".join(parts[:-1])
+        names = [f"{section}.{name}".lstrip(".") for name in known or ()] or list(VARIABLE)
+        raise GridError(key, f'grid = "{key}" is no key of a sweep.{guess(key, names)}')
+    if not any(key == root or key.startswith(f"{root}.") for root in VARIABLE) or key == "finetune":
+        allowed = "finetune.*, model.fusion.*, seed"
+        raise GridError(key, f'grid = "{key}" cannot be varied by a grid. Known: {allowed}.')
+
+
+def _with_values(base: Mapping[str, Any], varied: Mapping[str, Any]) -> RunConfig:
+    values = dict(base)
+    for key, value in varied.items():
+        *sections, last = key.split(".")
+        inner = values
+        for section in sections:
+            inner[section] = dict(inner[section])
+            inner = inner[section]
+        inner[last] = value
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        chosen = ", ".join(f"{key} = {show(value)}" for key, value in varied.items())
+        text = explain(error, RunConfig, lambda key: (f"grid with {chosen}", key))
+        raise GridError(next(iter(varied), ""), text) from None
+
+
+def _pretrained_modalities(
+    config: RunConfig, variants: Sequence[tuple[dict[str, Any], RunConfig]]
+) -> dict[str, None]:
+    """Modalities to pretrain, in the data's order: those asked for, and those a fusion builds on."""
+    wanted = set(config.pretrain.modalities or config.data.modalities)
+    for _, variant in variants:
+        if variant.finetune.backbones == "pretrained":
+            wanted.update(variant.finetune.modalities)
+    return {name: None for name in config.data.modalities if name in wanted}
+
+
+def _hashed_data(config: RunConfig) -> dict[str, Any]:
+    return config.data.model_dump(mode="json", exclude={"shard", "root", "name"})
+
+
+def _hashed_model(config: RunConfig, modalities: Sequence[str]) -> dict[str, Any]:
+    """The detector; one modality has no fusion."""
+    unused = {"name"} if len(modalities) > 1 else {"name", "fusion"}
+    return config.model.model_dump(mode="json", exclude=unused)
+
+
+def _cell(stage: str, hashed: Mapping[str, Any], label: str, config: RunConfig, **fields: Any) -> Cell:
+    identity = digest({"stage": stage, "version": RESULT_VERSION[stage], **hashed})
+    return Cell(id=identity, stage=stage, label=label, config=config, **fields)
+
+
+def _shard_cells(config: RunConfig, fingerprint: str) -> list[Cell]:
+    """The preprocess tasks and, last, the gather cell.
+
+    The gather cell's id says which data the shards hold, not how many tasks wrote them.
+    """
+    data, tasks = _hashed_data(config), config.data.shard.tasks
+    chips = {key: value for key, value in data.items() if key != "split"}
+    parts = [
+        _cell(
+            "preprocess",
+            {"data": chips, "fingerprint": fingerprint, "task": task, "tasks": tasks},
+            f"preprocess {task + 1}/{tasks}",
+            config,
+            data_fingerprint=fingerprint,
+        )
+        for task in range(tasks)
+    ]
+    made_by = {"data": data, "fingerprint": fingerprint, "preprocess": RESULT_VERSION["preprocess"]}
+    needs = tuple(part.id for part in parts)
+    return [*parts, _cell("gather", made_by, "gather", config, needs=needs, data_fingerprint=fingerprint)]
+
+
+def _pretrain_cell(config: RunConfig, modality: str, gather: Cell) -> Cell:
+    hashed = {
+        "model": _hashed_model(config, (modality,)),
+        "training": config.pretrain.model_dump(mode="json", exclude=UNHASHED_TRAINING),
+        "seed": config.seed,
+        "modalities": [modality],
+        "needs": [gather.id],
+    }
+    return _cell(
+        "pretrain",
+        hashed,
+        f"pretrain {modality}",
+        config,
+        needs=(gather.id,),
+        modalities=(modality,),
+        arm="unimodal",
+        data_fingerprint=gather.data_fingerprint,
+    )
+
+
+def _finetune_cell(
+    config: RunConfig, varied: dict[str, Any], gather: Cell, pretrained: Mapping[str, Cell]
+) -> Cell:
+    """One grid combination; with full training nothing is loaded, so it needs the shards only."""
+    tuning = config.finetune
+    modalities = (tuning.primary, *(name for name in tuning.modalities if name != tuning.primary))
+    frozen = tuning.backbones == "pretrained"
+    backbones = {name: pretrained[name].id for name in modalities} if frozen else {}
+    needs = (gather.id, *backbones.values())
+    hashed = {
+        "model": _hashed_model(config, modalities),
+        "training": tuning.model_dump(mode="json", exclude=UNHASHED_TRAINING),
+        "heads": tuning.heads if frozen else "none",
+        "seed": config.seed,
+        "modalities": modalities,
+        "arm": tuning.backbones,
+        "needs": needs,
+    }
+    return _cell(
+        "finetune",
+        hashed,
+        _finetune_label(config, modalities, varied),
+        config,
+        needs=needs,
+        backbones=backbones,
+        modalities=modalities,
+        arm=tuning.backbones,
+        varied=varied,
+        data_fingerprint=gather.data_fingerprint,
+    )
+
+
+def _finetune_label(config: RunConfig, modalities: Sequence[str], varied: Mapping[str, Any]) -> str:
+    """E.g. `finetune rgb+ndvi cross residual pretrained`, then what else the grid varies."""
+    words = ["finetune", "+".join(modalities)]
+    if len(modalities) > 1:
+        words += [config.model.fusion.mixer, "residual" if config.model.fusion.residual else "plain"]
+    words.append(config.finetune.backbones)
+    told = {"model.fusion.mixer", "model.fusion.residual"}
+    told |= {
+        f"finetune.{name}" for name in FinetuneConfig.model_fields if name in UNHASHED_TRAINING - {"heads"}
+    }
+    words += [f"{key.split('.')[-1]}={show(value)}" for key, value in varied.items() if key not in told]
+    return " ".join(words)
+
+
+def _evaluate_cell(trained: Cell, gather: Cell) -> Cell:
+    needs = (trained.id, gather.id)
+    hashed = {"evaluate": trained.config.evaluate.model_dump(mode="json"), "needs": needs}
+    return _cell(
+        "evaluate",
+        hashed,
+        f"evaluate {trained.label}",
+        trained.config,
+        needs=needs,
+        backbones=trained.backbones,
+        modalities=trained.modalities,
+        arm=trained.arm,
+        varied=trained.varied,
+        data_fingerprint=trained.data_fingerprint,
+    )
+
+
+def _measure_cells(config: RunConfig, trained: Sequence[Cell], fingerprint: str) -> list[Cell]:
+    """Memory per (modality set, arm): the sets asked for, else the primary alone and the fused sets."""
+    asked = [tuple(modalities) for modalities in config.measure.modality_sets]
+    fused = [cell.modalities for cell in trained if cell.stage == "finetune"]
+    found: list[Cell] = []
+    for modalities in dict.fromkeys(asked or [(config.finetune.primary,), *fused]):
+        for arm in config.measure.arms if len(modalities) > 1 else ("unimodal",):
+            hashed = {
+                "model": _hashed_model(config, modalities),
+                "measure": config.measure.model_dump(mode="json", exclude={"modality_sets", "arms"}),
+                "bands": [config.data.modalities[name].channels for name in modalities],
+                "classes": len(config.data.classes),
+                "seed": config.seed,
+                "modalities": modalities,
+                "arm": arm,
+            }
+            label = f"measure {'+'.join(modalities)}" + (f" {arm}" if len(modalities) > 1 else "")
+            fields: dict[str, Any] = {"modalities": modalities, "arm": arm, "data_fingerprint": fingerprint}
+            found.append(_cell("measure", hashed, label, config, **fields))
+    return found
+
+
+def _summarise_cell(config: RunConfig, fingerprint: str) -> Cell:
+    return _cell("summarise", {}, "summarise", config, data_fingerprint=fingerprint)
+
+
+def _unique(found: Sequence[Cell]) -> list[Cell]:
+    """The first of cells with one id: combinations that differ in nothing that counts are one cell."""
+    first: dict[str, Cell] = {}
+    for cell in found:
+        first.setdefault(cell.id, cell)
+    return list(first.values())
+
+
+def _numbered(found: Sequence[Cell]) -> list[Cell]:
+    """Cells in stage order, each with its index in its stage's array."""
+    numbered: list[Cell] = []
+    for stage in STAGES:
+        members = [cell for cell in found if cell.stage == stage]
+        for task, cell in enumerate(members):
+            numbered.append(cell.model_copy(update={"task": task, "tasks": len(members)}))
+    return numbered

@@ -1,0 +1,213 @@
+"""Processes of one training: starting them, averaging over them, and stopping them together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from rtshpc.core.errors import RunError
+
+TIMEOUT = timedelta(hours=2)
+"""How long a process waits for the others: a validation or a checkpoint on a slow disk is no hang."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals of a scheduler that takes the node back."""
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Preempted(SystemExit):
+    """The training was asked to stop and has saved where it is; the exit code is 128 + the signal."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a training, as one of them sees them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` so that its gradients are means over processes; itself where there is one process.
+
+        On GPUs batch norms are synchronised; gloo has no such operation, so on CPUs each process
+        normalises its own chips.
+        """
+        if self.size == 1:
+            return model
+        if self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: int) -> int:
+        """The largest `flag` of all processes."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(flag, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's buffers (running means of batch norms)."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def choose_device(wanted: str, rank: int = 0) -> torch.device:
+    """The device of a process: `auto` takes a GPU where one is visible.
+
+    Raises:
+        RunError: a GPU is asked for and there are not enough.
+    """
+    count = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cuda" and rank >= count:
+        raise RunError(f"device = cuda: process {rank} has no GPU, {count} visible; use device: auto or fewer processes")
+    if count == 0:
+        return torch.device("cpu")
+    return torch.device("cuda", rank % count)
+
+
+class StopFlag:
+    """The stop signal that came, as a number; 0 = none."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __call__(self) -> int:
+        return self.signal
+
+
+@contextmanager
+def stop_requests(forward: Callable[[int], None] | None = None) -> Iterator[StopFlag]:
+    """Turn STOP_SIGNALS into a flag while the block runs (in the main thread; elsewhere they stay as they are).
+
+    Args:
+        forward: also called with the signal, e.g. to pass it to child processes.
+    """
+    flag = StopFlag()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        flag.signal = number
+        if forward is not None:
+            forward(number)
+
+    old: dict[int, Any] = {}
+    try:
+        for number in STOP_SIGNALS:
+            with suppress(ValueError):
+                old[number] = signal.signal(number, note)
+        yield flag
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+Work = Callable[..., Any]
+"""`work(group, *arguments)`, a function of a module."""
+
+
+def run_group(work: Work, processes: int, device: str, arguments: tuple[Any, ...]) -> Any:
+    """Run `work` in `processes` processes on this machine and give what the first returns.
+
+    Raises:
+        RunError: a process died.
+        Preempted: a stop signal came and the work ended on it.
+    """
+    if processes == 1:
+        return work(Group(0, 1, choose_device(device)), *arguments)
+    choose_device(device, processes - 1)
+    with tempfile.TemporaryDirectory(prefix="rtshpc-group-") as folder:
+        result = Path(folder) / "result.pt"
+        started = mp.start_processes(
+            _enter, (work, processes, device, folder, arguments), processes, join=False, start_method="spawn"
+        )
+        assert started is not None
+
+        def forward(number: int) -> None:
+            for process in started.processes:
+                if process.pid is not None and process.is_alive():
+                    os.kill(process.pid, number)
+
+        with stop_requests(forward) as stopped:
+            try:
+                while not started.join():
+                    pass
+            except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+                if stopped():
+                    raise Preempted(128 + stopped()) from None
+                raise RunError(f"a process of the training failed: {_last_line(error)}") from error
+        if not result.exists():
+            raise Preempted(128 + (stopped() or signal.SIGTERM))
+        return torch.load(result, weights_only=True)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _die_with_parent() -> None:
+    """End with the process that started this one: an orphan would write into the next attempt's files."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _enter(rank: int, work: Work, size: int, device: str, folder: str, arguments: tuple[Any, ...]) -> None:
+    """What a spawned process does: join the group, work, leave the first one's result."""
+    _die_with_parent()
+    own = choose_device(device, rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    # One machine: the address of its host name need not resolve.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "nccl" if own.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=TIMEOUT
+    )
+    try:
+        result = work(Group(rank, size, own), *arguments)
+        if rank == 0:
+            torch.save(result, Path(folder) / "result.pt")
+        dist.barrier()
+    except Preempted:
+        return
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,297 @@
+"""Whether a raster's georeference can be trusted, and what a pixel measures on the ground."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyproj
+from pyproj.exceptions import CRSError, ProjError
+from rasterio.io import DatasetReader
+
+from rtshpc.core.errors import SceneRejected
+from rtshpc.geo.raster import Grid, geo_tags
+
+EARTH_RADII_M = (6_350_000.0, 6_400_000.0)
+"""Semi-major axes of the ellipsoids in use for the Earth lie well inside."""
+AREA_TOLERANCE = 0.1
+"""Pixel areas off by more than this share from the map's are told."""
+
+Six = tuple[float, float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is odd (`warn`) or fatal (`reject`) about a raster or its labels."""
+
+    severity: Literal["warn", "reject"]
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class CrsFacts:
+    """What matters of a coordinate reference system; `fatal` names why it is useless."""
+
+    fatal: tuple[str, str] | None
+    geographic: bool
+    unit_m: float
+    method: str
+    name: str
+
+
+@lru_cache(maxsize=256)
+def crs_facts(wkt: str) -> CrsFacts:
+    """Look at a CRS once per distinct WKT."""
+    try:
+        crs = pyproj.CRS.from_wkt(wkt)
+    except CRSError as error:
+        return CrsFacts(("no_crs", f"the CRS is not understood: {error}"), False, 1.0, "", "")
+    if crs.geodetic_crs is None or crs.ellipsoid is None:
+        return CrsFacts(
+            ("local_crs", f'CRS "{crs.name}" is a local one: it lies nowhere on the Earth'), False, 1.0, "", crs.name
+        )
+    radius = crs.ellipsoid.semi_major_metre
+    if not EARTH_RADII_M[0] <= radius <= EARTH_RADII_M[1]:
+        detail = f'CRS "{crs.name}" is of a body with a radius of {radius / 1000:.0f} km, not of the Earth'
+        return CrsFacts(("not_earth", detail), False, 1.0, "", crs.name)
+    operation = crs.coordinate_operation
+    axes = crs.axis_info
+    unit = axes[0].unit_conversion_factor if axes and crs.is_projected else 1.0
+    return CrsFacts(None, crs.is_geographic, unit, operation.method_name if operation else "", crs.name)
+
+
+@lru_cache(maxsize=256)
+def transformer(source_wkt: str, target_wkt: str) -> pyproj.Transformer:
+    """Coordinates of one CRS -> another, x before y."""
+    return pyproj.Transformer.from_crs(pyproj.CRS.from_wkt(source_wkt), pyproj.CRS.from_wkt(target_wkt), always_xy=True)
+
+
+LONLAT = pyproj.CRS.from_epsg(4326).to_wkt()
+
+
+def to_lonlat(wkt: str, xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Longitudes and latitudes in degrees; infinite where there are none."""
+    lons, lats = transformer(wkt, LONLAT).transform(list(xs), list(ys))
+    return [float(lon) for lon in lons], [float(lat) for lat in lats]
+
+
+def corners(transform: Six, width: int, height: int, steps: int = 4) -> tuple[list[float], list[float]]:
+    """Points along the outline, x and y in the CRS."""
+    shares = np.linspace(0.0, 1.0, steps + 1)[:-1]
+    edge = (
+        [(s, 0.0) for s in shares]
+        + [(1.0, s) for s in shares]
+        + [(1 - s, 1.0) for s in shares]
+        + [(0.0, 1 - s) for s in shares]
+    )
+    a, b, c, d, e, f = transform
+    xs = [a * u * width + b * v * height + c for u, v in edge]
+    ys = [d * u * width + e * v * height + f for u, v in edge]
+    return xs, ys
+
+
+def georeference(dataset: DatasetReader) -> tuple[Grid | None, list[Finding]]:
+    """The grid as stored (south-up stays south-up here) and what is wrong with it; no grid where it is fatal."""
+    name = Path(dataset.name).name
+    six: Six = tuple(dataset.transform)[:6]  # pyright: ignore[reportAssignmentType]
+    if not dataset.crs:
+        return None, [_without_crs(dataset, name, six)]
+    wkt = dataset.crs.to_wkt()
+    facts = crs_facts(wkt)
+    if facts.fatal is not None:
+        return None, [Finding("reject", facts.fatal[0], f"{name}: {facts.fatal[1]}")]
+    a, b, _, d, e, _ = six
+    if six == (1.0, 0.0, 0.0, 0.0, 1.0, 0.0):
+        return None, [Finding("reject", "no_transform", f"{name} has a CRS but no place in it (identity transform)")]
+    if not all(map(math.isfinite, six)) or a * e - b * d == 0:
+        return None, [Finding("reject", "no_transform", f"{name}: the transform {six} cannot be inverted")]
+    problem = _off_earth(dataset, wkt, six, facts)
+    if problem:
+        return None, [Finding("reject", "off_earth", f"{name}: {problem}")]
+    grid = Grid(wkt, six, dataset.width, dataset.height, resolution_m(wkt, six, dataset.width, dataset.height))
+    return grid, [*_orientation(name, six), *_projection(name, grid, facts)]
+
+
+def _without_crs(dataset: DatasetReader, name: str, six: Six) -> Finding:
+    identity = six == (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    if dataset.gcps[0]:
+        detail = f"{name} is placed by {len(dataset.gcps[0])} control points only; warp it to a grid first"
+        return Finding("reject", "gcp_only", detail)
+    if dataset.rpcs is not None:
+        return Finding("reject", "rpc_only", f"{name} has raw sensor geometry (RPC) only; orthorectify it first")
+    if identity:
+        return Finding("reject", "no_georeference", f"{name} has neither a CRS nor a transform")
+    return Finding("reject", "no_crs", f"{name} has a transform but no CRS")
+
+
+def _off_earth(dataset: DatasetReader, wkt: str, six: Six, facts: CrsFacts) -> str:
+    """Why the raster cannot lie where it says, or nothing."""
+    xs, ys = corners(six, dataset.width, dataset.height)
+    if facts.geographic:
+        if max(map(abs, ys)) > 90.5 or min(xs) < -360 or max(xs) > 540:
+            return f"x {min(xs):.6g} to {max(xs):.6g}, y {min(ys):.6g} to {max(ys):.6g} are no degrees"
+        return ""
+    if max(map(abs, [*xs, *ys])) <= 360 and abs(six[0]) * facts.unit_m < 0.01:
+        return f'coordinates look like degrees, but CRS "{facts.name}" is projected'
+    centre = ([(max(xs) + min(xs)) / 2], [(max(ys) + min(ys)) / 2])
+    lons, lats = to_lonlat(wkt, centre[0] + xs, centre[1] + ys)
+    if not any(map(math.isfinite, lons)) or not any(map(math.isfinite, lats)):
+        return f'coordinates lie outside CRS "{facts.name}"'
+    return ""
+
+
+def _orientation(name: str, six: Six) -> list[Finding]:
+    a, b, _, d, e, _ = six
+    found: list[Finding] = []
+    if abs(b) + abs(d) > 1e-9 * (abs(a) + abs(e)):
+        found.append(Finding("warn", "rotated", f"{name} is rotated against its CRS; chips keep the rotation"))
+    elif e > 0:
+        found.append(Finding("warn", "south_up", f"{name} is stored south-up; it is flipped when read"))
+    if a < 0 and not b:
+        found.append(Finding("warn", "mirrored", f"{name} is stored east to west; it is flipped when read"))
+    return found
+
+
+def _projection(name: str, grid: Grid, facts: CrsFacts) -> list[Finding]:
+    found: list[Finding] = []
+    a, b, c, d, e, f = grid.transform
+    if facts.geographic:
+        found.append(
+            Finding("warn", "geographic_crs", f"{name} is in degrees; areas and sizes in px are not those of metres")
+        )
+    elif abs(facts.unit_m - 1) > 1e-9:
+        found.append(Finding("warn", "crs_units", f'CRS "{facts.name}" counts in units of {facts.unit_m:.6g} m'))
+    wide, high = math.hypot(a, d), math.hypot(b, e)
+    if not facts.geographic and abs(wide / high - 1) > 0.01:
+        found.append(Finding("warn", "oblong_pixels", f"{name}: pixels are {wide:.6g} x {high:.6g}"))
+    xs, ys = corners(grid.transform, grid.width, grid.height)
+    mid = (a * grid.width / 2 + b * grid.height / 2 + c, d * grid.width / 2 + e * grid.height / 2 + f)
+    lons, lats = to_lonlat(grid.crs_wkt, [mid[0], *xs], [mid[1], *ys])
+    if "geostationary" in facts.method.lower():
+        found.append(Finding("warn", "geostationary_crs", f"{name} is in satellite view: pixels have no fixed area"))
+    elif not facts.geographic and math.isfinite(lons[0]):
+        scale = _areal_scale(grid.crs_wkt, lons[0], lats[0])
+        if scale is not None and abs(scale - 1) > AREA_TOLERANCE:
+            detail = f'CRS "{facts.name}" shows areas {scale:.2f} times too large at latitude {lats[0]:.1f}'
+            found.append(Finding("warn", "areas_distorted", detail))
+    if math.isfinite(lons[0]) and _crosses(lons):
+        found.append(Finding("warn", "antimeridian", f"{name} crosses the antimeridian: its bounds in degrees wrap"))
+    return found
+
+
+def _crosses(lons: Sequence[float]) -> bool:
+    """Whether an outline crosses longitude 180; the first longitude is the centre's."""
+    centre = (lons[0] + 180) % 360 - 180
+    for lon in lons[1:]:
+        if math.isfinite(lon):
+            step = (lon - lons[0] + 180) % 360 - 180
+            if abs(abs(step) - 180) > 1e-6 and abs(centre + step) > 180 + 1e-9:
+                return True
+    return False
+
+
+@lru_cache(maxsize=256)
+def _projection_of(wkt: str) -> pyproj.Proj | None:
+    try:
+        return pyproj.Proj(pyproj.CRS.from_wkt(wkt))
+    except (CRSError, ProjError):
+        return None
+
+
+def _areal_scale(wkt: str, lon: float, lat: float) -> float | None:
+    projection = _projection_of(wkt)
+    if projection is None:
+        return None
+    try:
+        scale = float(projection.get_factors(lon, lat).areal_scale)
+    except ProjError:
+        return None
+    return scale if math.isfinite(scale) and scale > 0 else None
+
+
+_GEOD = pyproj.Geod(ellps="WGS84")
+
+
+def resolution_m(wkt: str, six: Six, width: int, height: int) -> float:
+    """Side of a square of the ground area of the middle pixel, m.
+
+    The map's own metres where they are true within a few per cent (UTM, polar, equal-area), else geodesic ones.
+    """
+    a, b, c, d, e, f = six
+    facts = crs_facts(wkt)
+    on_map = math.sqrt(abs(a * e - b * d)) * facts.unit_m
+    x = a * width / 2 + b * height / 2 + c
+    y = d * width / 2 + e * height / 2 + f
+    lons, lats = to_lonlat(wkt, [x, x + a, x + b], [y, y + d, y + e])
+    if not all(map(math.isfinite, [*lons, *lats])):
+        return on_map
+    if not facts.geographic:
+        scale = _areal_scale(wkt, lons[0], lats[0])
+        if scale is None or abs(scale - 1) <= AREA_TOLERANCE:
+            return on_map
+    _, _, east = _GEOD.inv(lons[0], lats[0], lons[1], lats[1])
+    _, _, south = _GEOD.inv(lons[0], lats[0], lons[2], lats[2])
+    return math.sqrt(east * south)
+
+
+def contradictions(dataset: DatasetReader, path: Path) -> list[Finding]:
+    """Where the file's own georeference tags, or files beside it, disagree with the grid that is used."""
+    found: list[Finding] = []
+    tags = geo_tags(path)
+    scale, tie = tags.get(33550, ()), tags.get(33922, ())
+    if 34264 in tags and (scale or tie):
+        detail = f"{path.name} has pixel scale or tie points and a matrix; the reader's choice is used"
+        found.append(Finding("warn", "inconsistent_georeference", detail))
+    if len(scale) > 1 and scale[1] < 0:
+        detail = f"{path.name} states a negative pixel height (south-up); the reader takes it as north-up"
+        found.append(Finding("warn", "south_up", detail))
+    used: Six = tuple(dataset.transform)[:6]  # pyright: ignore[reportAssignmentType]
+    if len(scale) > 1 and len(tie) == 6 and 34264 not in tags:
+        across, down = scale[0], abs(scale[1])
+        stated: Six = (across, 0.0, tie[3] - tie[0] * across, 0.0, -down, tie[4] + tie[1] * down)
+        if _apart(used, stated):
+            detail = f"a file beside {path.name} moves it away from its own tags; the reader's choice is used"
+            found.append(Finding("warn", "inconsistent_georeference", detail))
+    world = _world_file(path)
+    if world is not None and _apart(used, world[1]):
+        detail = f"{world[0]} disagrees with the georeference of {path.name}, which is used"
+        found.append(Finding("warn", "inconsistent_georeference", detail))
+    return found
+
+
+def _apart(one: Six, other: Six) -> bool:
+    """Whether two transforms differ by more than the half pixel that point and area readings may."""
+    size = abs(one[0]) + abs(one[1]) + abs(one[3]) + abs(one[4])
+    linear = max(abs(abs(one[at]) - abs(other[at])) for at in (0, 1, 3, 4))
+    return linear > 1e-3 * size or max(abs(one[2] - other[2]), abs(one[5] - other[5])) > 0.51 * size
+
+
+def _world_file(path: Path) -> tuple[str, Six] | None:
+    """Name and transform of a world file beside the raster (it gives the centre of the first pixel)."""
+    for suffix in (".tfw", ".tifw", ".wld"):
+        world = path.with_suffix(suffix)
+        if world.exists():
+            try:
+                a, d, b, e, x, y = (float(word) for word in world.read_text().split()[:6])
+            except (OSError, ValueError):
+                return None
+            return world.name, (a, b, x - (a + b) / 2, d, e, y - (d + e) / 2)
+    return None
+
+
+def trusted_grid(dataset: DatasetReader) -> tuple[Grid, list[Finding]]:
+    """The grid and its warnings.
+
+    Raises:
+        SceneRejected: the raster has no resolvable place on the Earth.
+    """
+    grid, found = georeference(dataset)
+    if grid is None:
+        raise SceneRejected(found[0].reason, found[0].detail)
+    return grid, found

@@ -1,0 +1,220 @@
+"""Masks, id rasters and polygons become instances: one integer a slump on the primary grid.
+
+Instances are 8-connected components with their holes (PERFORMANCE.md, "Masks -> instances"); id rasters and
+polygons keep touching slumps apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.features import rasterize
+from rasterio.transform import Affine
+
+from rtshpc.geo.chips import ChipBox
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+Kind = Literal["mask", "instances"]
+
+_WIDEST_TABLE = 1 << 24
+UNLABELLED = 255
+"""In a 0/1 byte mask: unlabelled ground, declared as nodata or not."""
+
+
+@dataclass(frozen=True)
+class InstanceMap:
+    """The instances of a scene or a chip.
+
+    Attributes:
+        ids: int32 (H, W), 0 = none, 1..n.
+        classes: index into `data.classes` of instance 1..n.
+        ignore: bool (H, W), ground where nothing is known: predictions there are not scored.
+        notes: what was odd about the labels, for people.
+    """
+
+    ids: Ids
+    classes: list[int]
+    ignore: Mask
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def count(self) -> int:
+        return len(self.classes)
+
+    def crop(self, box: ChipBox, min_px: int = 1) -> InstanceMap:
+        """The part in `box`, renumbered 1..n; beyond the scene there is nothing. See `crop`."""
+        return crop(self, box, min_px)
+
+
+def label_instances(mask: NDArray[Any]) -> Ids:
+    """8-connected components of `mask` (H, W; non-zero = slump), int32 1..n in reading order; holes stay holes."""
+    byte = mask.view(np.uint8) if mask.dtype == np.bool_ else (mask != 0).view(np.uint8)
+    return cv2.connectedComponents(np.ascontiguousarray(byte), connectivity=8, ltype=cv2.CV_32S)[1].astype(
+        np.int32, copy=False
+    )
+
+
+def from_ids(values: NDArray[Any]) -> Ids:
+    """An id raster (H, W), positive = instance, as int32 1..n without gaps, in order of the ids.
+
+    An id in several pieces stays one instance.
+    """
+    if values.dtype.kind == "f":
+        values = np.where(np.isfinite(values) & (values > 0), values, 0).astype(np.int64)
+    elif values.dtype.kind == "i":
+        values = np.maximum(values, 0)
+    highest = int(values.max(initial=0))
+    if highest == 0:
+        return np.zeros(values.shape, np.int32)
+    if highest < _WIDEST_TABLE:
+        present = np.bincount(values.ravel(), minlength=highest + 1) > 0
+        present[0] = False
+        return _table(present)[values]
+    unique, inverse = np.unique(values, return_inverse=True)
+    first = 0 if unique[0] == 0 else 1
+    return (inverse.reshape(values.shape) + first).astype(np.int32)
+
+
+def _table(present: Mask) -> Ids:
+    """Old id -> new id without gaps; absent ids -> 0."""
+    table = np.cumsum(present, dtype=np.int32)
+    table[~present] = 0
+    return table
+
+
+def from_raster(values: NDArray[Any], kind: Kind, missing: Mask | None, min_px: int = 1) -> InstanceMap:
+    """Instances of a label raster.
+
+    kind `instances`: every positive value is one instance. kind `mask`: one positive value (1, 255, any)
+    is a mask, whose components are the instances; several positive whole numbers are ids; a 0/1 byte
+    mask with 255 has unlabelled ground there.
+
+    Args:
+        values: (H, W) as stored.
+        kind: what the raster holds.
+        missing: bool (H, W), nodata and ignore values; None = nowhere.
+        min_px: smaller instances are dropped.
+    """
+    notes: list[str] = []
+    ignore = np.zeros(values.shape, np.bool_) if missing is None else missing
+    if values.dtype.kind == "f":
+        holes = ~np.isfinite(values)
+        if holes.any():
+            ignore = ignore | holes
+    if ignore.any():
+        values = np.where(ignore, np.zeros((), values.dtype), values)
+    if kind == "mask" and _unlabelled_byte(values):
+        unlabelled = values == UNLABELLED
+        ignore = ignore | unlabelled
+        values = np.where(unlabelled, np.zeros((), values.dtype), values)
+        notes.append("a 0/1 mask with undeclared 255: taken as unlabelled ground")
+    if kind == "instances":
+        ids = from_ids(values)
+    elif _one_value(values):
+        ids = label_instances(values > 0)
+    elif values.dtype.kind == "f" and not bool((values == np.rint(values)).all()):
+        notes.append("mask values are no whole numbers: everything above 0 is taken as a slump")
+        ids = label_instances(values > 0)
+    else:
+        ids = from_ids(values)
+    ids = drop_small(ids, min_px)
+    return InstanceMap(ids, [0] * int(ids.max(initial=0)), ignore, tuple(notes))
+
+
+def _one_value(values: NDArray[Any]) -> bool:
+    """Whether all positive values are one value."""
+    highest = values.max(initial=0)
+    if highest <= 0:
+        return True
+    return bool(((values <= 0) | (values == highest)).all())
+
+
+def _unlabelled_byte(values: NDArray[Any]) -> bool:
+    """Whether a byte raster holds 255 and 1 and nothing else above 0."""
+    if values.dtype != np.uint8 or values.max(initial=0) != UNLABELLED:
+        return False
+    counts = np.bincount(values.ravel(), minlength=256)
+    return bool(counts[1] > 0 and counts[2:UNLABELLED].sum() == 0)
+
+
+def drop_small(ids: Ids, min_px: int) -> Ids:
+    """`ids` without instances of fewer than `min_px` px, renumbered."""
+    if min_px <= 1:
+        return ids
+    sizes = np.bincount(ids.ravel())
+    present = sizes >= min_px
+    present[0] = False
+    return ids if bool(present[1:].all()) else _table(present)[ids]
+
+
+def rasterise(
+    polygons: Sequence[Any], classes: Sequence[int], transform: Sequence[float], height: int, width: int
+) -> tuple[Ids, list[int]]:
+    """Polygons (shapely, in the grid's CRS) -> ids (H, W) and the class of each.
+
+    A pixel belongs to the polygon that holds its centre; where polygons overlap the smaller one wins, so that
+    none vanishes under another. A polygon without any pixel centre is left out.
+    """
+    order = sorted(range(len(polygons)), key=lambda index: -polygons[index].area)
+    if not order:
+        return np.zeros((height, width), np.int32), []
+    burnt = rasterize(
+        [(polygons[index], number) for number, index in enumerate(order, 1)],
+        out_shape=(height, width),
+        transform=Affine(*transform[:6]),
+        fill=0,
+        dtype="int32",
+    ).astype(np.int32, copy=False)
+    present = np.bincount(burnt.ravel(), minlength=len(order) + 1) > 0
+    present[0] = False
+    kept = [classes[order[number - 1]] for number in np.flatnonzero(present)]
+    return _table(present)[burnt], kept
+
+
+def burn(polygons: Sequence[Any], transform: Sequence[float], height: int, width: int) -> Mask:
+    """Whether a polygon covers a pixel's centre, bool (H, W)."""
+    if not polygons:
+        return np.zeros((height, width), np.bool_)
+    shapes = [(polygon, 1) for polygon in polygons]
+    return rasterize(shapes, out_shape=(height, width), transform=Affine(*transform[:6]), fill=0, dtype="uint8") > 0
+
+
+def crop(whole: InstanceMap, box: ChipBox, min_px: int = 1) -> InstanceMap:
+    """The part of `whole` in `box` (size, size), renumbered 1..n in the old order.
+
+    Pieces of fewer than `min_px` px, left by the cut, become ignore regions; beyond the scene there is nothing.
+    """
+    ids = cut(whole.ids, box)
+    ignore = cut(whole.ignore, box)
+    if min_px <= 1 and ids.shape == whole.ids.shape and box.row == box.col == 0:
+        return whole
+    if whole.count == 0 or not ids.any():
+        return InstanceMap(np.zeros_like(ids), [], ignore, whole.notes)
+    sizes = np.bincount(ids.ravel(), minlength=whole.count + 1)
+    present = sizes >= max(min_px, 1)
+    present[0] = False
+    if min_px > 1:
+        slivers = (sizes > 0) & ~present
+        slivers[0] = False
+        if slivers.any():
+            ignore = ignore | slivers[ids]
+    classes = [whole.classes[number - 1] for number in np.flatnonzero(present)]
+    return InstanceMap(_table(present)[ids], classes, ignore, whole.notes)
+
+
+def cut(array: NDArray[Any], box: ChipBox) -> NDArray[Any]:
+    """`array` (..., H, W) in `box`, zeros beyond the edges; a view where the box lies inside."""
+    height, width = array.shape[-2:]
+    bottom, right = min(box.row + box.size, height), min(box.col + box.size, width)
+    inside = array[..., box.row : bottom, box.col : right]
+    if inside.shape[-2:] == (box.size, box.size):
+        return inside
+    padded = np.zeros((*array.shape[:-2], box.size, box.size), array.dtype)
+    padded[..., : inside.shape[-2], : inside.shape[-1]] = inside
+    return padded

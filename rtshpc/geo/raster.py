@@ -1,0 +1,335 @@
+"""Opening rasters safely, their grid, their bands and which of their pixels are valid."""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
+
+from rtshpc.core.errors import SceneRejected, guess
+
+Mask = NDArray[np.bool_]
+
+MAX_PIXELS = 2_000_000_000
+"""Rasters with more pixels are taken for size bombs unless the data config says otherwise."""
+_MAX_BLOCK_BYTES = 1 << 30
+_BOMB_BYTES = 1 << 26
+_BOMB_RATIO = 20_000
+_FLOAT_LIMIT = 3.4028234e38
+
+_MAGIC = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file", b"%PDF": "a PDF", b"\x89HDF": "an HDF5 file"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where pixels lie on the ground.
+
+    Attributes:
+        crs_wkt: coordinate reference system, WKT (never forced to an EPSG code).
+        transform: (a, b, c, d, e, f): x = a col + b row + c, y = d col + e row + f, of pixel corners.
+        width: px.
+        height: px.
+        resolution_m: side of a square of a pixel's ground area, m.
+    """
+
+    crs_wkt: str
+    transform: tuple[float, float, float, float, float, float]
+    width: int
+    height: int
+    resolution_m: float
+
+
+def open_raster(path: Path | str, max_pixels: int = MAX_PIXELS) -> DatasetReader:
+    """Open a raster after looking at its first bytes and at what it claims to hold. Reads no pixel.
+
+    Raises:
+        SceneRejected: `missing_file`, `empty_file`, `lfs_pointer`, `not_a_raster`, `missing_codec`,
+            `unreadable`, `truncated`, `no_bands`, `size_bomb` or `complex`.
+    """
+    path = Path(path)
+    sniff(path)
+    try:
+        with warnings.catch_warnings():
+            # A missing georeference is judged by georeference().
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            dataset = rasterio.open(path)
+    except (RasterioError, ValueError, MemoryError, OverflowError) as error:
+        text = " ".join(str(error).split())
+        reason = "missing_codec" if "codec" in text or "compress" in text.lower() else "unreadable"
+        raise SceneRejected(reason, f"{path.name}: {text}") from None
+    try:
+        _guard(dataset, path, max_pixels)
+    except SceneRejected:
+        dataset.close()
+        raise
+    return dataset
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file that is there, is not empty and is no stand-in for another."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(256)
+    except OSError as error:
+        raise SceneRejected("missing_file", f"{path}: {error.strerror or error}") from None
+    if not head:
+        raise SceneRejected("empty_file", f"{path.name} has 0 bytes: a failed copy or download")
+    if head.startswith(b"version https://git-lfs"):
+        raise SceneRejected("lfs_pointer", f"{path.name} is a Git LFS pointer, not the data; run `git lfs pull`")
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html")):
+        page = head[:60].decode("latin-1").strip()
+        raise SceneRejected("not_a_raster", f"{path.name} is a web page, perhaps a download's error page: {page!r}")
+    return start
+
+
+def sniff_text(path: Path) -> None:
+    """Tell what a file that is no vector file really is.
+
+    Raises:
+        SceneRejected: `missing_file`, `empty_file`, `lfs_pointer` or `not_a_raster`.
+    """
+    _head(path)
+
+
+def sniff(path: Path) -> None:
+    """Tell what a file that is no raster really is.
+
+    Raises:
+        SceneRejected: `missing_file`, `empty_file`, `lfs_pointer` or `not_a_raster`.
+    """
+    start = _head(path)
+    if start.startswith(b"<vrtdataset"):
+        return
+    if start.startswith((b"<?xml", b"<", b"{", b"[")):
+        raise SceneRejected("not_a_raster", f"{path.name} is text: {start[:60].decode('latin-1').strip()!r}")
+    for magic, name in _MAGIC.items():
+        if start.startswith(magic.lower()) and path.suffix.lower() in (".tif", ".tiff"):
+            raise SceneRejected("not_a_raster", f"{path.name} is {name}")
+
+
+def _guard(dataset: DatasetReader, path: Path, max_pixels: int) -> None:
+    """Refuse what must not be allocated or cannot be true, from the header alone."""
+    if dataset.count == 0:
+        raise SceneRejected("no_bands", f"{path.name} holds no bands ({len(dataset.subdatasets)} subdatasets)")
+    if any(dtype.startswith("complex") for dtype in dataset.dtypes):
+        raise SceneRejected("complex", f"{path.name} is {dataset.dtypes[0]}; a cast would drop the imaginary part")
+    pixels = dataset.width * dataset.height
+    claim = f"{path.name} claims {dataset.width} x {dataset.height} px"
+    if pixels > max_pixels:
+        raise SceneRejected("size_bomb", f"{claim}, more than max_pixels = {max_pixels}")
+    size = path.stat().st_size
+    item = max(_bytes(dtype) for dtype in dataset.dtypes)
+    block_rows, block_cols = dataset.block_shapes[0]
+    if block_rows * block_cols * item > _MAX_BLOCK_BYTES:
+        raise SceneRejected("size_bomb", f"{claim} in blocks of {block_cols} x {block_rows} px")
+    if dataset.driver != "GTiff":
+        return
+    lost = cut_off(path, size)
+    if lost:
+        raise SceneRejected("truncated", f"{path.name}: {lost}")
+    blocks = math.ceil(dataset.height / block_rows) * math.ceil(dataset.width / block_cols)
+    # A TIFF lists an offset and a length for every block, sparse or not.
+    if blocks > 65_536 and blocks * 4 > size:
+        raise SceneRejected("size_bomb", f"{claim} in {blocks} blocks, but {size} bytes cannot even list them")
+    claimed = pixels * item * dataset.count
+    if claimed > _BOMB_BYTES and claimed > _BOMB_RATIO * size:
+        raise SceneRejected("size_bomb", f"{claim}, {claimed / 2**30:.1f} GiB of pixels in {size} bytes")
+
+
+def _bytes(dtype: str) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def read_error(path: Path | str, error: Exception) -> SceneRejected:
+    """The rejection for pixels that cannot be decoded."""
+    cause = error.__cause__ or error
+    text = str(getattr(cause, "errmsg", cause))
+    return SceneRejected("unreadable", f"{Path(path).name}: {' '.join(text.split())}")
+
+
+def read_window(dataset: DatasetReader, indexes: Sequence[int], window: Window | None = None) -> NDArray[Any]:
+    """Bands `indexes` (1-based) as stored, (C, h, w), in one call.
+
+    Raises:
+        SceneRejected: `unreadable`, when any block is damaged.
+    """
+    try:
+        return dataset.read(list(indexes), window=window)
+    except (RasterioError, ValueError, MemoryError) as error:
+        raise read_error(dataset.name, error) from None
+
+
+def windows(dataset: DatasetReader, rows: int = 1024, cols: int = 8192) -> Iterator[Window]:
+    """Windows that cover the raster row by row, made of whole blocks and of bounded size."""
+    block_rows, block_cols = dataset.block_shapes[0]
+    step_rows = max(1, rows // block_rows) * block_rows
+    step_cols = max(1, cols // block_cols) * block_cols
+    for row in range(0, dataset.height, step_rows):
+        for col in range(0, dataset.width, step_cols):
+            yield Window(col, row, min(step_cols, dataset.width - col), min(step_rows, dataset.height - row))  # pyright: ignore[reportCallIssue]
+
+
+def band_names(dataset: DatasetReader, given: Sequence[str] = ()) -> list[str]:
+    """Name of each band: `given`, else the file's description, else its colour, else its number.
+
+    Raises:
+        SceneRejected: `missing_band`, when `given` has more names than the file has bands.
+    """
+    if len(given) > dataset.count:
+        detail = f"{Path(dataset.name).name} has {dataset.count} bands, band_names lists {len(given)}"
+        raise SceneRejected("missing_band", detail)
+    names: list[str] = []
+    for index, (description, colour) in enumerate(zip(dataset.descriptions, dataset.colorinterp, strict=True)):
+        if index < len(given):
+            names.append(given[index])
+        elif description:
+            names.append(description)
+        elif colour in (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha):
+            names.append(colour.name)
+        else:
+            names.append(str(index + 1))
+    return names
+
+
+def find_band(dataset: DatasetReader, wanted: str, given: Sequence[str] = ()) -> int:
+    """1-based index of the band called `wanted` (case does not matter), or of that number.
+
+    Raises:
+        SceneRejected: `missing_band`: there is none, there are two, or it is the alpha band.
+    """
+    names = [name.lower() for name in band_names(dataset, given)]
+    file = Path(dataset.name).name
+    found = [index for index, name in enumerate(names, 1) if name == wanted.lower()]
+    if not found and wanted.isdigit() and 1 <= int(wanted) <= dataset.count:
+        found = [int(wanted)]
+    if len(found) != 1:
+        what = (
+            f'has no band "{wanted}".{guess(wanted, names)}'
+            if not found
+            else f'has {len(found)} bands called "{wanted}"'
+        )
+        raise SceneRejected("missing_band", f"{file} {what}")
+    if dataset.colorinterp[found[0] - 1] == ColorInterp.alpha:
+        raise SceneRejected("missing_band", f'{file}: band "{wanted}" is an alpha band (validity), not a measurement')
+    return found[0]
+
+
+def scaling(dataset: DatasetReader, index: int) -> tuple[float, float]:
+    """(scale, offset) of a band: physical = stored * scale + offset. Both default to (1, 0)."""
+    scale, offset = dataset.scales[index - 1], dataset.offsets[index - 1]
+    return (float(scale) if scale else 1.0, float(offset) if offset else 0.0)
+
+
+def has_mask(dataset: DatasetReader) -> bool:
+    """Whether a mask or alpha band (not a nodata value) says which pixels are valid."""
+    return any(MaskFlags.per_dataset in flags for flags in dataset.mask_flag_enums)
+
+
+def invalid(band: NDArray[Any], nodata: float | None) -> Mask | None:
+    """Where a band (H, W) as stored holds nothing: nodata, tested before scaling, or no finite number.
+
+    Returns None where all is valid, the common case, so that callers need not hold or combine masks. A float
+    nodata at the type's limit is compared with tolerance, for writers round it.
+    """
+    if band.dtype.kind == "f":
+        bad = ~np.isfinite(band)
+        if nodata is not None and math.isfinite(nodata):
+            if abs(nodata) >= _FLOAT_LIMIT:
+                bad |= band >= _FLOAT_LIMIT if nodata > 0 else band <= -_FLOAT_LIMIT
+            else:
+                bad |= band == band.dtype.type(nodata)
+        return bad if bad.any() else None
+    if nodata is None or not math.isfinite(nodata) or nodata != int(nodata):
+        return None
+    limits = np.iinfo(band.dtype)
+    if not limits.min <= nodata <= limits.max:
+        return None
+    bad = band == band.dtype.type(int(nodata))
+    return bad if bad.any() else None
+
+
+@dataclass(frozen=True)
+class TiffTag:
+    """An entry of a TIFF directory: where its values lie in the file, and in which form."""
+
+    form: str
+    count: int
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        return struct.calcsize(self.form) * self.count
+
+
+_FORMS = {1: "B", 2: "B", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d"}
+_FORMS |= {13: "I", 16: "Q", 17: "q", 18: "Q"}
+
+
+def tiff_directory(path: Path) -> dict[int, TiffTag]:
+    """The first directory of a TIFF or BigTIFF; empty for what is none. Reads a few hundred bytes."""
+    found: dict[int, TiffTag] = {}
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+            order = {b"II": "<", b"MM": ">"}[head[:2]]
+            big = struct.unpack(order + "H", head[2:4])[0] == 43
+            entry, number, word = ("HHQ8s", "Q", 8) if big else ("HHI4s", "H", 4)
+            pointer = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
+            file.seek(pointer)
+            start = pointer + struct.calcsize(order + number)
+            count = struct.unpack(order + number, file.read(start - pointer))[0]
+            size = struct.calcsize(order + entry)
+            table = file.read(size * min(count, 1000))
+    except (OSError, KeyError, struct.error, OverflowError):
+        return found
+    for at in range(0, len(table) - size + 1, size):
+        tag, kind, length, value = struct.unpack(order + entry, table[at : at + size])
+        form = order + _FORMS.get(kind, "B")
+        inline = struct.calcsize(form) * length <= word
+        offset = start + at + size - word if inline else struct.unpack(order + ("Q" if big else "I"), value)[0]
+        found[tag] = TiffTag(form, length, offset)
+    return found
+
+
+def tag_values(path: Path, tag: TiffTag, most: int = 6000) -> tuple[Any, ...]:
+    """The values of a tag, at most `most`; empty where they lie beyond the end of the file."""
+    number = min(tag.count, most)
+    try:
+        with path.open("rb") as file:
+            file.seek(tag.offset)
+            return struct.unpack(f"{tag.form[0]}{number}{tag.form[1]}", file.read(number * struct.calcsize(tag.form)))
+    except (OSError, struct.error, OverflowError):
+        return ()
+
+
+def geo_tags(path: Path) -> dict[int, tuple[float, ...]]:
+    """The GeoTIFF transformation tags as stored: 33550 pixel scale, 33922 tie points, 34264 matrix.
+
+    GDAL resolves contradictions between them silently. Empty for what is no TIFF or is damaged.
+    """
+    tags = {tag: entry for tag, entry in tiff_directory(path).items() if tag in (33550, 33922, 34264)}
+    return {tag: tag_values(path, entry) for tag, entry in tags.items() if entry.form[1:] == "d"}
+
+
+def cut_off(path: Path, size: int) -> str:
+    """What of a TIFF lies beyond the end of the file, or nothing.
+
+    Readers skip a tag whose values are lost, be it the CRS, the nodata value or the band names.
+    """
+    for tag, entry in tiff_directory(path).items():
+        if entry.offset + entry.bytes > size:
+            return f"the values of TIFF tag {tag} lie beyond its end at byte {size}"
+    return ""

@@ -1,0 +1,345 @@
+"""A scene on its primary grid: modalities, validity and instances, chip by chip."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+
+from rtshpc.core.config import DataConfig, ModalityConfig
+from rtshpc.core.errors import SceneRejected
+from rtshpc.core.modality import Expression
+from rtshpc.core.scenes import Scene
+from rtshpc.geo.align import Layer, upright
+from rtshpc.geo.chips import ChipBox
+from rtshpc.geo.crs import trusted_grid
+from rtshpc.geo.instances import InstanceMap, cut
+from rtshpc.geo.labels import LabelReader
+from rtshpc.geo.raster import Grid, Mask, find_band, open_raster, scaling
+
+WHOLE_BYTES = 256 << 20
+"""Scenes up to this size are decoded once and cut in memory; larger ones are read chip by chip."""
+_FEWEST_BLOCK = 1024
+
+FUNCTIONS: Mapping[str, Any] = {
+    "min": np.minimum,
+    "max": np.maximum,
+    "abs": np.abs,
+    "sqrt": np.sqrt,
+    "log": np.log,
+    "exp": np.exp,
+}
+
+
+@dataclass(frozen=True)
+class ChipPixels:
+    """Pixels of one rectangle.
+
+    Attributes:
+        pixels: modality -> (C, H, W) as stored (expressions: float32, physical units); 0 beyond the scene.
+        valid: modality -> bool (H, W); modalities made of the same bands may share one array.
+    """
+
+    pixels: dict[str, NDArray[Any]]
+    valid: dict[str, Mask]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A modality bound to bands of a layer; `layer` None = the scene lacks it."""
+
+    name: str
+    config: ModalityConfig
+    layer: Layer | None
+    indexes: tuple[int, ...]
+    scales: tuple[tuple[float, float], ...]
+    expression: Expression | None
+
+    @property
+    def physical(self) -> bool:
+        """Whether pixels are turned into float32 physical values when read."""
+        return self.expression is not None or len(set(self.scales)) > 1
+
+
+@dataclass
+class OpenScene:
+    """What `open_scene` gives.
+
+    Attributes:
+        scene: the scene.
+        grid: the primary grid, north up.
+        warnings: what was odd but usable; labels add theirs when they are read.
+        scaling: modality -> (scale, offset): physical = pixel * scale + offset.
+        missing: modalities that are not required and that this scene lacks.
+    """
+
+    scene: Scene
+    grid: Grid
+    warnings: list[str]
+    scaling: dict[str, tuple[float, float]]
+    missing: frozenset[str]
+    _data: DataConfig
+    _bound: list[_Bound]
+    _image: Layer | None
+    _labels: LabelReader | None
+    _wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    _whole: ChipPixels | None = None
+    _instances: InstanceMap | None = None
+
+    def read(self, chip: ChipBox) -> ChipPixels:
+        """Pixels and validity of a chip; what lies beyond the scene is 0 and invalid.
+
+        Arrays may be views of the whole scene: copy before writing in them.
+
+        Raises:
+            SceneRejected: `unreadable`.
+        """
+        if self._whole is not None:
+            return _cut(self._whole, chip)
+        height = min(chip.size, self.grid.height - chip.row)
+        width = min(chip.size, self.grid.width - chip.col)
+        part = self._read(chip.row, chip.col, height, width)
+        return part if height == width == chip.size else _cut(part, ChipBox(0, 0, chip.size))
+
+    def instances(self) -> InstanceMap:
+        """The whole scene's instances on the primary grid; read once.
+
+        Raises:
+            SceneRejected: the labels cannot be read or aligned, lie elsewhere, or lie on missing pixels.
+        """
+        if self._instances is None:
+            if self._labels is None:
+                shape = (self.grid.height, self.grid.width)
+                self._instances = InstanceMap(np.zeros(shape, np.int32), [], np.zeros(shape, np.bool_))
+            else:
+                self._instances = self._labels.read()
+                self.warnings += [note for note in self._instances.notes if note not in self.warnings]
+                self._check_labels_seen(self._instances)
+        return self._instances
+
+    def valid_fraction(self) -> float:
+        """Share of the scene where the primary modality is valid (exact for scenes held whole)."""
+        if self._whole is not None:
+            return float(self._whole.valid[self._data.primary].mean())
+        pixels = self.grid.height * self.grid.width
+        return sum(int(part.valid[self._data.primary].sum()) for _, part in self._blocks()) / pixels
+
+    def _prepare(self, whole_bytes: int) -> None:
+        """Decode small scenes at once; refuse scenes without enough valid ground, reading no more than needed."""
+        for bound in self._bound:
+            if bound.layer is not None:
+                wanted = self._wanted.setdefault(id(bound.layer), [])
+                wanted += [index for index in bound.indexes if index not in wanted]
+        for wanted in self._wanted.values():
+            wanted.sort()
+        items = {id(one.layer): one.layer.itemsize for one in self._bound if one.layer is not None}
+        item_bytes = sum(len(wanted) * items[layer] for layer, wanted in self._wanted.items())
+        if self.grid.height * self.grid.width * item_bytes <= whole_bytes:
+            self._whole = self._read(0, 0, self.grid.height, self.grid.width)
+            valid = float(self._whole.valid[self._data.primary].mean())
+        else:
+            valid = self._at_least(self._data.min_valid_fraction)
+        if valid == 0:
+            raise SceneRejected(
+                "all_nodata", f"{Path(self.scene.image).name}: no pixel of {self._data.primary} is valid"
+            )
+        if valid < self._data.min_valid_fraction:
+            detail = f"{Path(self.scene.image).name}: {valid:.2%} of {self._data.primary} is valid"
+            raise SceneRejected("almost_empty", detail)
+
+    def _at_least(self, share: float) -> float:
+        """The valid share, or a lower bound that already reaches `share`; blocks are read in scattered order."""
+        pixels = self.grid.height * self.grid.width
+        found = 0
+        for _, part in self._blocks(scattered=True):
+            found += int(part.valid[self._data.primary].sum())
+            if found > 0 and found >= share * pixels:
+                break
+        return found / pixels
+
+    def _blocks(self, scattered: bool = False) -> Iterator[tuple[tuple[int, int], ChipPixels]]:
+        size = _FEWEST_BLOCK
+        starts = [(row, col) for row in range(0, self.grid.height, size) for col in range(0, self.grid.width, size)]
+        if scattered:
+            random.Random(0).shuffle(starts)
+        for row, col in starts:
+            height, width = min(size, self.grid.height - row), min(size, self.grid.width - col)
+            yield (row, col), self._read(row, col, height, width)
+
+    def _check_labels_seen(self, labels: InstanceMap) -> None:
+        """Labels on pixels that hold nothing mean that one of the two is wrong."""
+        total = int(np.count_nonzero(labels.ids))
+        if total == 0:
+            return
+        primary = self._data.primary
+        if self._whole is not None:
+            unseen = int(np.count_nonzero(labels.ids[~self._whole.valid[primary]]))
+        else:
+            unseen = 0
+            for row in range(0, self.grid.height, _FEWEST_BLOCK):
+                for col in range(0, self.grid.width, _FEWEST_BLOCK):
+                    ids = labels.ids[row : row + _FEWEST_BLOCK, col : col + _FEWEST_BLOCK]
+                    if ids.any():
+                        valid = self._read(row, col, *ids.shape).valid[primary]
+                        unseen += int(np.count_nonzero(ids[~valid]))
+        if unseen > total / 2:
+            name = Path(self.scene.image).name
+            raise SceneRejected("labels_on_missing", f"{name}: {unseen} of {total} labelled px lie on missing pixels")
+        if unseen:
+            self.warnings.append(f"labels_on_missing: {unseen} of {total} labelled px lie on missing pixels")
+
+    def _read(self, row: int, col: int, height: int, width: int) -> ChipPixels:
+        """One `read` a file, then views of it for each modality."""
+        layers: dict[int, tuple[NDArray[Any], list[Mask | None]]] = {}
+        for bound in self._bound:
+            if bound.layer is not None and id(bound.layer) not in layers:
+                stored = bound.layer.read(self._wanted[id(bound.layer)], row, col, height, width)
+                layers[id(bound.layer)] = self._with_missing(bound.layer, stored)
+        result = ChipPixels({}, {})
+        shared: dict[tuple[int, tuple[int, ...]], Mask] = {}
+        everywhere = np.ones((height, width), np.bool_)
+        everywhere.flags.writeable = False
+        for bound in self._bound:
+            if bound.layer is None:
+                result.pixels[bound.name] = np.zeros((bound.config.channels, height, width), np.uint8)
+                result.valid[bound.name] = np.zeros((height, width), np.bool_)
+                continue
+            pixels, bad = layers[id(bound.layer)]
+            at = [self._wanted[id(bound.layer)].index(index) for index in bound.indexes]
+            key = (id(bound.layer), tuple(sorted(at)))
+            if key not in shared:
+                shared[key] = _valid([bad[index] for index in set(at)], everywhere)
+            values, valid = _values(bound, pixels, at, shared[key])
+            result.pixels[bound.name], result.valid[bound.name] = values, valid
+        return result
+
+    def _with_missing(self, layer: Layer, stored: tuple[NDArray[Any], list[Mask | None]]) -> Any:
+        """Add undeclared missing pixels of the image: all bands that are read hold `missing_value`."""
+        value = self._data.missing_value
+        pixels, bad = stored
+        if value is None or layer is not self._image:
+            return stored
+        empty = (pixels == value).all(axis=0)
+        if not empty.any():
+            return stored
+        return pixels, [empty if mask is None else mask | empty for mask in bad]
+
+
+def _valid(bad: list[Mask | None], everywhere: Mask) -> Mask:
+    masks = [mask for mask in bad if mask is not None]
+    if not masks:
+        return everywhere
+    joined = masks[0] if len(masks) == 1 else np.logical_or.reduce(masks)
+    return ~joined
+
+
+def _values(bound: _Bound, pixels: NDArray[Any], at: list[int], valid: Mask) -> tuple[NDArray[Any], Mask]:
+    """A modality's pixels (C, H, W): a view of the stored bands where they lie in order, else a copy."""
+    if bound.physical:
+        with np.errstate(all="ignore"):
+            bands = [
+                pixels[index].astype(np.float32) * np.float32(scale) + np.float32(offset)
+                for index, (scale, offset) in zip(at, bound.scales, strict=True)
+            ]
+            if bound.expression is None:
+                values = np.stack(bands)
+            else:
+                named = dict(zip(bound.expression.names, bands, strict=True))
+                values = np.asarray(bound.expression.evaluate(named, FUNCTIONS), np.float32)[None]
+        finite = np.isfinite(values).all(axis=0)
+        valid = valid if finite.all() else valid & finite
+        scale, offset = 1.0, 0.0
+    else:
+        values = pixels[at[0] : at[-1] + 1] if at == list(range(at[0], at[0] + len(at))) else pixels[at]
+        scale, offset = bound.scales[0]
+    if bound.config.valid_range is not None:
+        low, high = sorted((limit - offset) / scale for limit in bound.config.valid_range)
+        # 0.3 / 1e-4 is a little less than 3000, which is meant.
+        low, high = low - 1e-9 * abs(low), high + 1e-9 * abs(high)
+        valid = valid & ((values >= low) & (values <= high)).all(axis=0)
+    return values, valid
+
+
+def _cut(part: ChipPixels, box: ChipBox) -> ChipPixels:
+    masks: dict[int, Mask] = {}
+    for mask in part.valid.values():
+        if id(mask) not in masks:
+            masks[id(mask)] = cut(mask, box)
+    pixels = {name: cut(values, box) for name, values in part.pixels.items()}
+    return ChipPixels(pixels, {name: masks[id(mask)] for name, mask in part.valid.items()})
+
+
+@contextmanager
+def open_scene(
+    scene: Scene, data: DataConfig, with_labels: bool = True, whole_bytes: int = WHOLE_BYTES
+) -> Iterator[OpenScene]:
+    """Open a scene's files, put them on the primary grid and refuse what cannot be used.
+
+    Args:
+        scene: which scene.
+        data: the data set it belongs to.
+        with_labels: open the labels too (off for mapping).
+        whole_bytes: scenes whose wanted bands take less are decoded in one read.
+
+    Raises:
+        SceneRejected: with a stable reason: see `raster.open_raster`, `crs.georeference`, `missing_band`,
+            `missing_modality`, `all_nodata`, `almost_empty`, `missing_label`.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(rasterio.Env(GDAL_NUM_THREADS="1", GDAL_CACHEMAX=_cache_bytes(data)))
+        opened = _open(scene, data, with_labels, stack)
+        opened._prepare(whole_bytes)  # pyright: ignore[reportPrivateUsage]
+        yield opened
+
+
+def _cache_bytes(data: DataConfig) -> int:
+    """Block cache for row-by-row reading: a row of blocks of a wide scene, not the default share of the memory."""
+    return max(64 << 20, 100_000 * data.chip.size_px * 2)
+
+
+def _open(scene: Scene, data: DataConfig, with_labels: bool, stack: ExitStack) -> OpenScene:
+    first = data.modalities[data.primary]
+    primary = scene.files.get(data.primary, "") if first.file else scene.image
+    if not primary:
+        raise SceneRejected("missing_modality", f"{scene.id} has no file for the primary modality {data.primary}")
+    dataset = stack.enter_context(open_raster(primary, data.max_pixels))
+    stored, findings = trusted_grid(dataset)
+    grid = upright(stored)[0]
+    layers = {primary: (dataset, Layer(dataset, grid, stack))}
+    bound: list[_Bound] = []
+    warnings = [f"{finding.reason}: {finding.detail}" for finding in findings]
+    for name, modality in data.modalities.items():
+        path = scene.files.get(name, "") if modality.file else scene.image
+        try:
+            if not path:
+                raise SceneRejected("missing_modality", f"{scene.id} has no file for modality {name}")
+            if path not in layers:
+                other = stack.enter_context(open_raster(path, data.max_pixels))
+                trusted_grid(other)
+                layers[path] = (other, Layer(other, grid, stack, modality.resampling))
+            bound.append(_bind(name, modality, data, *layers[path]))
+        except SceneRejected as error:
+            if modality.required or name == data.primary:
+                raise
+            warnings.append(f"{error.reason}: modality {name} is left out: {error.detail}")
+            bound.append(_Bound(name, modality, None, (), ((1.0, 0.0),), None))
+    image = layers[scene.image][1] if scene.image in layers else None
+    labels = LabelReader(scene, data, grid, stack) if with_labels and data.labels.kind != "none" else None
+    units = {one.name: (1.0, 0.0) if one.physical else one.scales[0] for one in bound}
+    missing = frozenset(one.name for one in bound if one.layer is None)
+    return OpenScene(scene, grid, warnings, units, missing, data, bound, image, labels)
+
+
+def _bind(name: str, modality: ModalityConfig, data: DataConfig, dataset: Any, layer: Layer) -> _Bound:
+    given = () if modality.file else data.band_names
+    expression = Expression(modality.expression, f"modalities.{name}.expression") if modality.expression else None
+    names = expression.names if expression else modality.bands
+    indexes = tuple(find_band(dataset, band, given) for band in names)
+    return _Bound(name, modality, layer, indexes, tuple(scaling(dataset, index) for index in indexes), expression)

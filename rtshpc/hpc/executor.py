@@ -1,0 +1,249 @@
+"""Tasks through Submitit: processes here, Slurm jobs, or one after the other for debuggers.
+
+What is pickled is a function of three strings (stage, run folder, task); the job becomes
+`python -m rtshpc.stages STAGE --run-dir RUN --task TASK`, which anyone can run again by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rtshpc.core.config import SiteConfig
+from rtshpc.core.errors import RunError
+from rtshpc.core.load import read_run_config
+from rtshpc.core.paths import RunPaths, make_private
+from rtshpc.hpc.container import command
+from rtshpc.hpc.site import request
+
+LAUNCHER = "RTSHPC_LAUNCHER"
+"""Environment variable of local tasks: process id and start time of their launcher."""
+
+STOP_SECONDS = 10.0
+"""Local tasks that ignore SIGTERM for so long are killed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submitted task.
+
+    Attributes:
+        id: the process id, the Slurm job (`123` or `123_4`), or Submitit's debug id.
+        log: file with the task's output and errors.
+        handle: Submitit's job.
+    """
+
+    id: str
+    log: Path
+    handle: Any
+
+    def ended(self) -> bool:
+        """Whether a local or debug job is over; a debug job runs in this call."""
+        if self.id.startswith("DEBUG"):
+            self.handle.exception()
+            return True
+        return str(self.handle.state) != "RUNNING"
+
+
+def task_command(stage: str, run_dir: str, task: str) -> list[str]:
+    """The argument list of one task, by the run's own config."""
+    paths = RunPaths(Path(run_dir))
+    config, _ = read_run_config(paths.config)
+    arguments = ["-u", "-m", "rtshpc.stages", stage, "--run-dir", run_dir, "--task", task]
+    root = Path(config.data.root)
+    return command(config.site, arguments, (paths.root, Path.cwd(), root), sys.executable)
+
+
+def become(stage: str, run_dir: str, task: str) -> None:
+    """Turn this process into the task, as the leader of a process group of its own.
+
+    No process waits in between: signals reach the task, and its exit code is the job's, on which
+    Slurm's `afterok` depends.
+    """
+    if os.getpid() != os.getsid(0):
+        os.setsid()
+    line = task_command(stage, run_dir, task)
+    os.execvp(line[0], line)  # noqa: S606 - an argument list, no shell
+
+
+def call(stage: str, run_dir: str, task: str) -> None:
+    """Run the task and wait for it, its output in the log: the debug executor shares our process."""
+    log = RunPaths(Path(run_dir)).logs / stage / f"{task}_debug.out"
+    with log.open("a", encoding="utf-8") as file:
+        subprocess.run(task_command(stage, run_dir, task), stdout=file, stderr=file, check=True)
+
+
+def submit(
+    site: SiteConfig,
+    paths: RunPaths,
+    stage: str,
+    tasks: Sequence[str],
+    after: Sequence[str] = (),
+    any_end: bool = False,
+) -> list[Job]:
+    """Submit tasks of one stage: one Slurm array, or a process each.
+
+    Args:
+        site: where to.
+        paths: the run.
+        stage: the stage of all `tasks`.
+        tasks: cell ids.
+        after: Slurm jobs these wait for; ignored by the other executors, whose caller waits.
+        any_end: wait for the end of `after`, not for its success.
+
+    Raises:
+        RunError: the site cannot be submitted to from here.
+    """
+    folder = make_private(paths.logs / stage)
+    executor = _executor(site, folder, stage, after, any_end)
+    function: Callable[[str, str, str], None] = call if site.executor == "debug" else become
+    run_dir = str(paths.root)
+    with _shielded(site.executor == "local"):
+        if len(tasks) == 1 or site.executor != "slurm":
+            handles = [executor.submit(function, stage, run_dir, task) for task in tasks]
+        else:
+            handles = executor.map_array(function, [stage] * len(tasks), [run_dir] * len(tasks), list(tasks))
+    jobs: list[Job] = []
+    for handle, task in zip(cast(list[Any], handles), tasks, strict=True):
+        log = Path(handle.paths.stdout) if site.executor != "debug" else folder / f"{task}_debug.out"
+        jobs.append(Job(str(handle.job_id), log, handle))
+    return jobs
+
+
+def stop(jobs: Sequence[Job]) -> None:
+    """End local jobs and all their processes; returns when they are gone.
+
+    SIGTERM is sent again until it is heard: Submitit ignores it in the moment before a task starts.
+    """
+    deadline = time.monotonic() + STOP_SECONDS
+    left = [job for job in jobs if job.id.isdigit() and not job.ended()]
+    while left:
+        late = time.monotonic() > deadline
+        for job in left:
+            for process in _descendants(int(job.id)) if late else ():
+                _send(process, signal.SIGKILL)
+            _send(int(job.id), signal.SIGKILL if late else signal.SIGTERM)
+        time.sleep(0.2)
+        left = [job for job in left if not job.ended()]
+
+
+def slurm_states(ids: Sequence[str]) -> dict[str, str] | None:
+    """State of the jobs that Slurm still holds (`PENDING`, ...); None when it cannot be asked."""
+    if not ids:
+        return {}
+    wanted = ",".join(sorted({job.partition("_")[0] for job in ids}))
+    asked = ["squeue", "--noheader", "--array", "--format=%i %T", "--jobs", wanted]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        return None
+    rows = [line.split() for line in answer.stdout.splitlines()]
+    return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in set(ids)}
+
+
+def launcher_token() -> str:
+    """Names this process so that a reused process id is not taken for it: `PID:START`."""
+    return f"{os.getpid()}:{_started(os.getpid())}"
+
+
+def launcher_lives(token: str) -> bool:
+    """Whether the process that `launcher_token` named is still there."""
+    pid, _, started = token.partition(":")
+    return pid.isdigit() and _started(int(pid)) == started
+
+
+def _executor(site: SiteConfig, folder: Path, stage: str, after: Sequence[str], any_end: bool) -> Any:
+    """A Submitit executor with the site's request."""
+    import submitit
+
+    try:
+        executor: Any = submitit.AutoExecutor(folder=folder, cluster=site.executor)
+    except RuntimeError as error:
+        raise RunError(f"site {site.name}: executor = {site.executor} cannot be used here: {error}") from None
+    if site.executor == "debug":
+        return executor
+    asked = request(site, stage)
+    extra: dict[str, Any] = {"kill-on-invalid-dep": "yes"} if after else {}
+    options: dict[str, Any] = {
+        "slurm_account": site.account or None,
+        "slurm_partition": site.partition or None,
+        "slurm_qos": site.qos or None,
+        "slurm_constraint": site.constraint or None,
+        "slurm_array_parallelism": site.max_jobs,
+        "slurm_dependency": f"{'afterany' if any_end else 'afterok'}:{':'.join(after)}" if after else None,
+        "slurm_additional_parameters": extra or None,
+    }
+    executor.update_parameters(
+        name=f"rtshpc-{stage}",
+        timeout_min=asked.minutes,
+        cpus_per_task=asked.cpus,
+        mem_gb=asked.memory_gb,
+        gpus_per_node=asked.gpus if asked.gpus or site.executor == "local" else None,
+        tasks_per_node=1,
+        nodes=1,
+        stderr_to_stdout=True,
+        **{key: value for key, value in options.items() if value is not None},
+    )
+    return executor
+
+
+@contextmanager
+def _shielded(local: bool) -> Generator[None]:
+    """Start local children that do not see the terminal's Ctrl-C, and know their launcher.
+
+    The launcher ends them in order; one that was killed itself is missed by its tasks, which then end.
+    """
+    if not local:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ[LAUNCHER] = launcher_token()
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHER]
+        signal.signal(signal.SIGINT, before)
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _started(pid: int) -> str:
+    """Start time of a process in clock ticks since boot; empty when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children of a process, theirs, and so on, the youngest first."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found: list[int] = []
+    queue = [pid]
+    while queue:
+        children: Mapping[int, list[int]] = parents
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found[::-1]

@@ -1,0 +1,85 @@
+"""What a site gives each stage, and what this machine has."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import rtshpc
+from rtshpc.core.config import SiteConfig
+
+GPU_STAGES = frozenset({"pretrain", "finetune", "evaluate", "measure"})
+"""Stages that use a GPU where the site has one; the others would let it idle."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Resources of one task.
+
+    Attributes:
+        cpus: cores.
+        memory_gb: memory, GB.
+        gpus: GPUs.
+        minutes: time limit.
+    """
+
+    cpus: int
+    memory_gb: int
+    gpus: int
+    minutes: int
+
+
+def request(site: SiteConfig, stage: str) -> Request:
+    """What a task of `stage` asks for at `site`."""
+    gpus = site.gpus if stage in GPU_STAGES else 0
+    return Request(cpus=site.cpus, memory_gb=site.memory_gb, gpus=gpus, minutes=site.minutes)
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, bytes (a container's own limit may be lower)."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpus_here() -> list[str]:
+    """Names of the GPUs that the driver shows; none where there is no driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if not answer.returncode else []
+
+
+def code_version() -> str:
+    """The clone's commit (`-dirty` with local changes), else the package's version."""
+    root = Path(rtshpc.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return rtshpc.__version__
+    asked = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return rtshpc.__version__
+    return answer.stdout.strip() or rtshpc.__version__

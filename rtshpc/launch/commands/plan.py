@@ -1,0 +1,35 @@
+"""`plan`: what a sweep would do, without writing anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from rtshpc.launch.commands.options import load_config, sweep_options
+
+
+@click.command(short_help="Show what a sweep would do.")
+@sweep_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(config: str, site: str | None, sets: tuple[str, ...], until: str | None, runs: str, as_json: bool) -> int:
+    """Show stages, arrays and cells of a sweep, and what is already done. Writes nothing."""
+    resolved = load_config(config, site, sets)
+    from rtshpc.launch.plan import make_plan
+    from rtshpc.launch.submit import refuse_other_data
+
+    found = make_plan(resolved, Path(runs), until)
+    refuse_other_data(found)
+    facts = found.describe()
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return 0
+    click.echo(f"{facts['path']}  (site {facts['site']}, data {facts['data']})")
+    for stage in facts["stages"]:
+        click.echo(f"\n{stage['stage']}: {stage['cells']} cells, {stage['done']} done, {stage['todo']} to do")
+        for cell in facts["cells"]:
+            if cell["stage"] == stage["stage"]:
+                mark = "done" if cell["done"] else "to do" if cell["todo"] else "-"
+                click.echo(f"  {cell['id']}  {mark:<5}  {cell['label']}")
+    return 0

@@ -1,0 +1,31 @@
+"""`check` and `params`: tools that need pixels or tensors, so they run as processes where those are installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import click
+
+PASS_ON: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
+"""Every argument, `--help` too, is the tool's own."""
+
+
+@click.command(context_settings=PASS_ON, short_help="Judge rasters, pairs or a data config.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def check(arguments: tuple[str, ...]) -> int:
+    """Judge rasters, image + mask pairs or a data config: accept, warn or reject, and why."""
+    return _tool("check", arguments)
+
+
+@click.command(context_settings=PASS_ON, short_help="Count the parameters of a model.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def params(arguments: tuple[str, ...]) -> int:
+    """Count the parameters of a model or sweep config, total and trainable, per module."""
+    return _tool("params", arguments)
+
+
+def _tool(name: str, arguments: tuple[str, ...]) -> int:
+    line = [sys.executable, "-m", "rtshpc.stages", name, *arguments]
+    return subprocess.run(line, check=False).returncode

@@ -1,0 +1,105 @@
+"""One launch of a plan: lock, prepare, work or submit, and tell how it went."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from rtshpc.launch.display import Display, make_console
+from rtshpc.launch.plan import Plan
+from rtshpc.launch.results import tables
+from rtshpc.launch.schedule import Outcome, Scheduler
+from rtshpc.launch.submit import Ledger, launcher_lock, prepare, refuse_other_data, submit_arrays
+
+
+def launch(make: Callable[[], Plan]) -> int:
+    """Do what a plan lacks.
+
+    Args:
+        make: makes the plan; called when the run's lock is held, so that it sees what others left.
+
+    Returns:
+        Exit code: 0 all done (or handed to Slurm), 1 some cells failed, 130 stopped by Ctrl-C or SIGTERM.
+
+    Raises:
+        RtshpcError: the run cannot be worked on.
+    """
+    console = make_console()
+    first = make()
+    refuse_other_data(first)
+    with launcher_lock(first.paths):
+        plan = make()
+        if not plan.todo:
+            console.print(_nothing_to_do(plan), markup=False, soft_wrap=True)
+            _results(console, plan)
+            return 0
+        prepare(plan)
+        ledger = Ledger(plan.paths)
+        if plan.config.site.executor == "slurm":
+            return _to_slurm(console, plan, ledger)
+        return _here(console, plan, ledger)
+
+
+def _here(console: Console, plan: Plan, ledger: Ledger) -> int:
+    total, done = len(plan.todo), len(plan.done)
+    at_once = plan.config.site.max_jobs
+    console.print(
+        f"{plan.paths.root}: {total} cells to do, {done} done before, {at_once} at once", markup=False, soft_wrap=True
+    )
+    try:
+        with _stoppable(), Display(console, plan.paths) as display:
+            outcome = Scheduler(plan, ledger, display).run()
+    except KeyboardInterrupt:
+        text = f"stopped; run the same line again, or `retry {plan.paths.root}`, to go on"
+        console.print(text, markup=False, soft_wrap=True)
+        return 130
+    _results(console, plan)
+    return _failures(console, outcome)
+
+
+def _to_slurm(console: Console, plan: Plan, ledger: Ledger) -> int:
+    sent, left_alone = submit_arrays(plan, ledger)
+    text = f"{plan.paths.root}: {len(sent)} cells submitted, {len(left_alone)} are with Slurm already"
+    console.print(f"{text}; see `status {plan.paths.root}`", markup=False, soft_wrap=True)
+    return 0
+
+
+def _nothing_to_do(plan: Plan) -> str:
+    count = sum(cell.stage in plan.stages and cell.id in plan.done for cell in plan.cells)
+    return f"{plan.paths.root}: nothing to do, all {count} cells are done"
+
+
+def _results(console: Console, plan: Plan) -> None:
+    """Tables of what is done, and where the report lies."""
+    for table in tables(plan.cells, plan.paths):
+        console.print(table)
+    if plan.paths.report_page.is_file():
+        console.print(f"report: {plan.paths.report_page}", markup=False, soft_wrap=True)
+
+
+def _failures(console: Console, outcome: Outcome) -> int:
+    for cell, why, log in outcome.failed:
+        console.print(f"FAILED {cell.label}: {why}; log: {log}", markup=False, soft_wrap=True)
+    if outcome.blocked:
+        names = ", ".join(cell.label for cell in outcome.blocked)
+        console.print(f"not run, they build on failed cells: {names}", markup=False, soft_wrap=True)
+    return 1 if outcome.failed else 0
+
+
+@contextmanager
+def _stoppable() -> Generator[None]:
+    """SIGTERM and a closed terminal end a launch as Ctrl-C does: in order."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,126 @@
+"""The detector: images of every modality to losses (training) or instances (eval)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rtshpc.core.config import ModelConfig
+from rtshpc.core.errors import ConfigError, ShapeError
+from rtshpc.model.heads.cascade import CascadeHeads
+from rtshpc.model.heads.rpn import RPN
+from rtshpc.model.heads.sampling import Draw
+from rtshpc.model.heads.standard import StandardHeads
+from rtshpc.model.pyramid import Pyramid
+
+if TYPE_CHECKING:
+    from rtshpc.data.sample import Target
+
+DIVISOR = 32
+"""Height and width of the network's input are multiples of this, px (the stride of the coarsest scale)."""
+
+
+class Detector(nn.Module):
+    """Backbones, fusion, pyramid, proposals, boxes and masks, under Detectron2's names.
+
+    Attributes:
+        modalities: names, the primary first.
+        channels: bands of each modality.
+        frozen: the backbones are frozen.
+    """
+
+    def __init__(self, model: ModelConfig, channels: Mapping[str, int], classes: int, frozen: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.channels = dict(channels)
+        self.modalities = tuple(channels)
+        self.classes = classes
+        self.frozen = frozen
+        heads = CascadeHeads if model.roi.kind == "cascade" else StandardHeads
+        self.backbone = Pyramid(model, channels, frozen)
+        self.proposal_generator = RPN(model.rpn, model.pyramid_channels)
+        self.roi_heads = heads(model.roi, model.pyramid_channels, classes)
+
+    def forward(
+        self,
+        images: Mapping[str, Tensor],
+        targets: Sequence[Target] | None = None,
+        seeds: Sequence[int] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> Any:
+        """Losses by Detectron2's names in training mode, else one `Detections` an image.
+
+        Args:
+            images: for each modality (B, bands, H, W), normalised; any H and W, padded here with zeros.
+            targets: ground truth of each image, px of the images; needed in training, else not used.
+            seeds: one an image, for its choices of anchors and RoIs and for drop path; None takes the first
+                candidates in index order and drops nothing.
+            sizes: (height, width) of each image where the batch is already padded; None = all of H and W.
+
+        Raises:
+            ShapeError: modalities, bands or batch sizes do not agree.
+        """
+        inputs, sizes = self.prepare(images, sizes)
+        if not self.training:
+            levels = self.backbone(inputs, {})
+            proposals, _ = self.proposal_generator(levels, sizes)
+            return self.roi_heads(levels, [boxes for boxes, _ in proposals], sizes)[0]
+        if targets is None or len(targets) != len(sizes) or (seeds is not None and len(seeds) != len(sizes)):
+            raise ShapeError(f"training takes one target and one seed (or no seeds) for each of {len(sizes)} images")
+        device = inputs[self.modalities[0]].device
+        targets = [target.to(device) for target in targets]
+        draws = [Draw(seed) for seed in seeds] if seeds is not None else [Draw(None)] * len(sizes)
+        levels = self.backbone(inputs, self._drop_draws(draws, device))
+        proposals, losses = self.proposal_generator(levels, sizes, targets, draws)
+        _, more = self.roi_heads(levels, [boxes for boxes, _ in proposals], sizes, targets, draws)
+        return {**more, **losses}
+
+    def prepare(
+        self, images: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+        """Images as the network takes them (one band three times, padded to multiples of 32) and their sizes."""
+        if set(images) != set(self.modalities):
+            raise ShapeError(f"images = {', '.join(images)}, but the detector takes {', '.join(self.modalities)}")
+        first = images[self.modalities[0]].shape
+        found: dict[str, Tensor] = {}
+        for name in self.modalities:
+            x = images[name]
+            wanted = (first[0], self.channels[name], *first[2:])
+            if tuple(x.shape) != wanted:
+                raise ShapeError(f"images[{name!r}] is {tuple(x.shape)}, must be {wanted}")
+            x = x.expand(-1, 3, -1, -1) if self.channels[name] == 1 else x
+            found[name] = F.pad(x, (0, -x.shape[3] % DIVISOR, 0, -x.shape[2] % DIVISOR))
+        return found, list(sizes) if sizes is not None else [(first[2], first[3])] * first[0]
+
+    def _drop_draws(self, draws: Sequence[Draw], device: torch.device) -> dict[str, Tensor | None]:
+        """Uniform numbers (B, n) for the drop path of every trained backbone."""
+        found: dict[str, Tensor | None] = {}
+        for name, backbone in self.backbone.backbones().items():
+            rows = [] if self.frozen else [draw.uniform(int(backbone.draws)) for draw in draws]
+            whole = [row for row in rows if row is not None]
+            found[name] = torch.stack(whole).to(device) if whole else None
+        return found
+
+
+def build_detector(model: ModelConfig, channels: Mapping[str, int], classes: int, frozen: bool = False) -> Detector:
+    """A detector with fresh weights, drawn from torch's global generator.
+
+    Args:
+        model: what to build.
+        channels: bands of each modality, the primary first; a modality of one band enters as three equal ones.
+        classes: number of classes without the background.
+        frozen: backbones take no gradient and stay in eval mode (load them with `model.weights.load_backbone`).
+
+    Raises:
+        ConfigError: no modality, a modality's name that torch cannot hold, or sizes that do not fit.
+    """
+    if not channels or classes < 1:
+        raise ConfigError(f"a detector takes at least one modality and one class, found {dict(channels)} and {classes}")
+    for name in channels:
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ConfigError(f"modalities: {name!r} cannot be the name of a modality, choose another")
+    return Detector(model, channels, classes, frozen)

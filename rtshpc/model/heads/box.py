@@ -1,0 +1,129 @@
+"""The box head of one stage: features to class scores and deltas, its losses, and the choice of detections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import batched_nms
+
+from rtshpc.core.config import RoIConfig
+from rtshpc.model.heads.boxes import BoxCoder, clip
+from rtshpc.model.layers import ConvNorm, start_msra, start_normal, start_xavier
+
+POOLED = 7
+"""Side of the features of a box."""
+
+
+@dataclass(frozen=True)
+class RoIs:
+    """Labelled boxes of one image.
+
+    Attributes:
+        boxes: (N, 4), px.
+        classes: (N,) class, `classes` of the detector = background, -1 = left out of the loss.
+        truths: (N, 4) box of the matched ground truth (zeros where there is none).
+        matched: (N,) index of the ground truth.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    truths: Tensor
+    matched: Tensor
+
+    def __getitem__(self, index: Tensor) -> RoIs:
+        return RoIs(self.boxes[index], self.classes[index], self.truths[index], self.matched[index])
+
+
+class BoxHead(nn.Module):
+    """Convolutions and fully connected layers on the pooled features of a box."""
+
+    def __init__(self, config: RoIConfig, channels: int) -> None:
+        super().__init__()
+        self.convs = [f"conv{i + 1}" for i in range(config.box_convs)]
+        self.fcs = [f"fc{i + 1}" for i in range(config.box_fcs)]
+        for name in self.convs:
+            norm = nn.BatchNorm2d(channels) if config.norm == "bn" else None
+            layer = ConvNorm(channels, channels, 3, norm=norm, relu=True)
+            start_msra(layer)
+            self.add_module(name, layer)
+        width = channels * POOLED**2
+        for name in self.fcs:
+            layer = nn.Linear(width, config.fc_dim)
+            start_xavier(layer)
+            self.add_module(name, layer)
+            width = config.fc_dim
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, 7, 7) to (N, fc_dim)."""
+        if len(x) == 0:
+            # No batch norm over nothing; the zero still reaches every weight, as distributed training needs.
+            return x.new_zeros(0, self.width) + sum(p.sum() * 0.0 for p in self.parameters()) + x.sum() * 0.0
+        for name in self.convs:
+            x = getattr(self, name)(x)
+        x = x.flatten(1)
+        for name in self.fcs:
+            x = F.relu(getattr(self, name)(x))
+        return x
+
+
+class BoxPredictor(nn.Module):
+    """Class scores (the background last) and deltas, for all classes together or for each."""
+
+    def __init__(self, width: int, classes: int, per_class: bool, coder: BoxCoder) -> None:
+        super().__init__()
+        self.classes = classes
+        self.coder = coder
+        self.cls_score = nn.Linear(width, classes + 1)
+        self.bbox_pred = nn.Linear(width, 4 * classes if per_class else 4)
+        start_normal(self.cls_score, 0.01)
+        start_normal(self.bbox_pred, 0.001)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, width) to logits (N, classes + 1) and deltas (N, 4 or 4 * classes), fp32."""
+        return self.cls_score(x).float(), self.bbox_pred(x).float()
+
+    def losses(self, logits: Tensor, deltas: Tensor, labelled: Sequence[RoIs]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, mean over RoIs; and L1 of foreground deltas over the number of ALL RoIs."""
+        classes = torch.cat([r.classes for r in labelled])
+        boxes, truths = torch.cat([r.boxes for r in labelled]), torch.cat([r.truths for r in labelled])
+        count = int((classes >= 0).sum())
+        if count == 0:
+            return logits.sum() * 0.0, deltas.sum() * 0.0
+        score = F.cross_entropy(logits, classes, ignore_index=-1)
+        front = torch.nonzero((classes >= 0) & (classes < self.classes))[:, 0]
+        chosen = deltas[front]
+        if deltas.shape[1] != 4:
+            chosen = chosen.view(len(front), -1, 4)[torch.arange(len(front), device=front.device), classes[front]]
+        wanted = self.coder.encode(boxes[front], truths[front])
+        return score, F.l1_loss(chosen, wanted, reduction="sum") / count
+
+
+def choose(
+    boxes: Tensor, scores: Tensor, size: tuple[int, int], threshold: float, nms_iou: float, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Detections of one image: threshold, clip, suppression per class, best first.
+
+    Args:
+        boxes: (N, 4) for all classes together or (N, 4 * K), px.
+        scores: (N, K + 1), the background last.
+        size: (height, width) of the image, px.
+        threshold: scores must exceed it.
+        nms_iou: overlap that suppresses.
+        most: largest number returned.
+
+    Returns:
+        Boxes (D, 4), scores (D,), classes (D,).
+    """
+    sound = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+    boxes, scores = boxes[sound], scores[sound][:, :-1]
+    boxes = clip(boxes.view(len(boxes), boxes.shape[1] // 4, 4), size)
+    row, kind = torch.nonzero(scores > threshold, as_tuple=True)
+    picked = boxes[row, 0] if boxes.shape[1] == 1 else boxes[row, kind]
+    values = scores[row, kind]
+    keep = batched_nms(picked, values, kind, nms_iou)[:most]
+    return picked[keep], values[keep], kind[keep]

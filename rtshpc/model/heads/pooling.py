@@ -1,0 +1,51 @@
+"""Features of boxes from the pyramid level that fits their size (RoIAlign, He et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from rtshpc.model.heads.boxes import area
+
+FIRST, LAST = 2, 5
+"""Levels that boxes are pooled from."""
+
+
+def levels_of(boxes: Tensor) -> Tensor:
+    """Level (0 = p2) of each box of (N, 4): p4 at 224 px, one level a factor of two, clamped to p2 to p5."""
+    level = torch.floor(4 + torch.log2(area(boxes).sqrt() / 224 + 1e-8))
+    return level.clamp(min=FIRST, max=LAST).long() - FIRST
+
+
+def rois(boxes: Sequence[Tensor]) -> Tensor:
+    """Boxes (N_i, 4) of each image to (sum N_i, 5), the image's index first."""
+    return torch.cat([torch.cat((b.new_full((len(b), 1), i), b), dim=1) for i, b in enumerate(boxes)])
+
+
+def pool(levels: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> Tensor:
+    """Square features of boxes.
+
+    Args:
+        levels: p2 to p5, (B, C, H / stride, W / stride); p6 and others are not used.
+        boxes: for each image (N_i, 4), px of the network input.
+        side: height and width of the result.
+
+    Returns:
+        (sum N_i, C, side, side), fp32, in the order of the boxes.
+    """
+    every = rois([b.float() for b in boxes])
+    chosen = levels_of(every[:, 1:])
+    parts, places = [], []
+    for i in range(LAST - FIRST + 1):
+        place = torch.nonzero(chosen == i)[:, 0]
+        if len(place) or i == 0:
+            # fp32 also under autocast: RoIAlign keeps nothing of its input, so this costs no memory.
+            stride = 2 ** (FIRST + i)
+            parts.append(roi_align(levels[i].float(), every[place], side, 1 / stride, 0, aligned=True))
+            places.append(place)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.argsort(torch.cat(places))]

@@ -1,0 +1,93 @@
+"""Small parts shared by backbones, pyramid and heads, and Detectron2's ways to start weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConvNorm(nn.Conv2d):
+    """Convolution, then an optional norm (as the submodule `norm`), then an optional ReLU."""
+
+    def __init__(
+        self, inside: int, outside: int, kernel: int, stride: int = 1, norm: nn.Module | None = None, relu: bool = False
+    ) -> None:
+        super().__init__(inside, outside, kernel, stride, padding=kernel // 2, bias=norm is None)
+        self.norm = norm
+        self.relu = relu
+
+    def forward(self, input: Tensor) -> Tensor:
+        """BCHW to B, outside, H / stride, W / stride."""
+        x = super().forward(input)
+        if self.norm is not None:
+            x = self.norm(x)
+        return F.relu(x) if self.relu else x
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact (erf) GELU between, on the last axis."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(width * ratio)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to (..., width)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm with the eps of vision transformers, 1e-6."""
+    return nn.LayerNorm(width, eps=1e-6)
+
+
+def drop_path(x: Tensor, draw: Tensor | None, rate: float) -> Tensor:
+    """Stochastic depth: drops whole images of the batch.
+
+    Args:
+        x: (B, ...).
+        draw: B uniform numbers in [0, 1), one an image; None keeps everything.
+        rate: chance to drop.
+    """
+    if draw is None or rate == 0:
+        return x
+    keep = (draw >= rate).to(x.dtype) / (1 - rate)
+    return x * keep.view(-1, *[1] * (x.dim() - 1))
+
+
+def start_transformer(module: nn.Module) -> None:
+    """Linear weights from a normal cut at two (0.02), biases zero, norms one and zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_msra(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Kaiming normal over the fan-out, for layers followed by a ReLU."""
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def start_xavier(layer: nn.Conv2d | nn.Linear) -> None:
+    """Caffe2's Xavier fill: uniform over the fan-in, bias zero."""
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def start_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:
+    """Normal weights of the given deviation, bias zero."""
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

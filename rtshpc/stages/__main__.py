@@ -1,0 +1,56 @@
+"""`python -m rtshpc.stages STAGE --run-dir RUN --task TASK`: one task by hand or by a job.
+
+`python -m rtshpc.stages check|params ARGUMENTS...` runs a tool that needs pixels or tensors.
+Exit codes: 0 done (or done before), 1 failed, 2 a mistake of the user or a missing library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rtshpc.core.cell import STAGES
+from rtshpc.core.errors import RtshpcError
+
+TOOLS = ("check", "params")
+"""Stages without a cell: they print and write no record."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one stage or tool; errors of the user are one line."""
+    try:
+        if arguments and arguments[0] in TOOLS:
+            return _tool(arguments[0], arguments[1:])
+        given = _parser().parse_args(list(arguments))
+        from rtshpc.stages import runner
+
+        return runner.run(given.stage, Path(given.run_dir), given.task)
+    except RtshpcError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m rtshpc.stages", description="Run one task of a run.")
+    parser.add_argument("stage", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")
+    parser.add_argument("--run-dir", required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--task", required=True, metavar="TASK", help="cell id, or index in the stage's array")
+    return parser
+
+
+def _tool(name: str, arguments: Sequence[str]) -> int:
+    """A tool's own main, or one line when the libraries of the tasks are not installed."""
+    try:
+        module = importlib.import_module(f"rtshpc.stages.{name}")
+    except ModuleNotFoundError as error:
+        from rtshpc.stages.runner import missing_library
+
+        raise missing_library(error) from None
+    return int(module.main(list(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,209 @@
+"""One attempt at one cell: lock, threads, environment, the stage's recipe, and a record or a failure."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rtshpc.core.cell import RESULT_VERSION, Cell
+from rtshpc.core.errors import MissingExtra, RtshpcError, RunError, guess
+from rtshpc.core.grid import finished
+from rtshpc.core.load import read_cell, read_run_config
+from rtshpc.core.paths import CellPaths, RunPaths
+from rtshpc.core.progress import Progress
+from rtshpc.core.records import Record, append_line, read_json, read_lines, write_json, write_record
+from rtshpc.hpc.executor import LAUNCHER, launcher_lives
+from rtshpc.hpc.site import code_version, cpu_model
+
+LOCK_SECONDS = 30.0
+"""How long an attempt waits for another one on the same cell to end, e.g. of a launcher just killed."""
+
+WATCH_SECONDS = 1.0
+"""How often a local task looks whether its launcher lives."""
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def run(stage: str, run_dir: Path, task: str) -> int:
+    """Make the record of one cell, unless it is there.
+
+    Args:
+        stage: one of STAGES.
+        run_dir: the run's folder.
+        task: cell id, or index in the stage's array.
+
+    Returns:
+        Exit code: 0 done, 1 failed (see failure.json), 2 a mistake of the user.
+
+    Raises:
+        RunError: there is no such run or cell, or another process holds it.
+    """
+    paths = RunPaths(run_dir)
+    folder = paths.cell(find_cell(paths, stage, task))
+    cell = read_cell(folder.config)
+    if cell.stage != stage:
+        raise RunError(f"{folder.config}: cell {cell.id} is of stage {cell.stage}, not {stage}")
+    _end_with_group()
+    _watch_launcher()
+    with _locked(folder):
+        if finished(cell, paths) is not None:
+            print(f"{cell.label}: done before")
+            return 0
+        return _attempt(cell, paths, folder)
+
+
+def find_cell(paths: RunPaths, stage: str, task: str) -> str:
+    """The cell id that `task` means: an id, or an index in the stage's array of plan.json."""
+    if paths.cell(task).config.is_file():
+        return task
+    plan = read_json(paths.plan)
+    if not isinstance(plan, dict):
+        raise RunError(f"{paths.root}: no cell {task} and no plan.json here; is it a run folder?")
+    known = [str(cell["id"]) for cell in plan.get("cells", []) if cell["stage"] == stage]
+    if task.isdigit() and int(task) < len(known):
+        return known[int(task)]
+    raise RunError(f"{paths.root}: no task {task} of {stage}; it has {len(known)}.{guess(task, known)}")
+
+
+def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
+    """Run the stage's recipe once; a record on success, failure.json on error."""
+    began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    folder.failure.unlink(missing_ok=True)
+    folder.record.unlink(missing_ok=True)
+    _sweep_leftovers(folder)
+    append_line(folder.attempts, {"started": started, "host": platform.node(), "pid": os.getpid()})
+    _set_threads(cell)
+    print(f"{cell.label} ({cell.id}) started {started}", flush=True)
+    try:
+        module = importlib.import_module(f"rtshpc.stages.{cell.stage}")
+        results = module.run(cell, paths, Progress(folder.progress))
+        record = Record(
+            cell=cell.id,
+            stage=cell.stage,
+            label=cell.label,
+            result_version=RESULT_VERSION[cell.stage],
+            started=started,
+            seconds=round(time.monotonic() - began, 3),
+            attempts=len(read_lines(folder.attempts)),
+            environment=_environment(paths),
+            results=results,
+        )
+        write_record(folder.record, record)
+    except Exception as error:
+        return _fail(folder, error)
+    folder.progress.unlink(missing_ok=True)
+    print(f"{cell.label} done in {record.seconds:.1f} s", flush=True)
+    return 0
+
+
+def missing_library(error: ModuleNotFoundError) -> Exception:
+    """What to tell when an import fails: our own module is a fault, any other an extra to install."""
+    if (error.name or "").partition(".")[0] == "rtshpc":
+        return error
+    return MissingExtra(
+        f'"{error.name}" is not installed in {sys.prefix}; pip install "rtshpc[tasks]", or set site.image'
+    )
+
+
+def _fail(folder: CellPaths, error: Exception) -> int:
+    """Write failure.json and say why; a full disk must not hide the first error."""
+    if isinstance(error, ModuleNotFoundError):
+        error = missing_library(error)
+    mistake = isinstance(error, RtshpcError)
+    text = str(error) if mistake else f"{type(error).__name__}: {error}"
+    trace = "" if mistake else "".join(traceback.format_exception(error))
+    print(f"error: {text}" if mistake else trace, file=sys.stderr, flush=True)
+    facts = {"error": " ".join(text.split()), "kind": type(error).__name__, "traceback": trace}
+    with suppress(OSError):
+        write_json(folder.failure, facts)
+    return 2 if mistake else 1
+
+
+@contextmanager
+def _locked(folder: CellPaths) -> Generator[None]:
+    """Hold the cell; the lock ends with the process, however that ends."""
+    with folder.lock.open("w") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunError(f"{folder.root}: another process works on this cell") from None
+                time.sleep(0.2)
+        yield
+
+
+def _sweep_leftovers(folder: CellPaths) -> None:
+    """Delete temporary files of attempts that were killed; we hold the lock, so nobody writes them."""
+    for place in (folder.root, folder.checkpoints):
+        for leftover in place.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def _set_threads(cell: Cell) -> None:
+    """Thread counts from the cell's config, before any numeric library reads them."""
+    training = {"pretrain": cell.config.pretrain, "finetune": cell.config.finetune}.get(cell.stage)
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = str(training.threads if training is not None else 1)
+
+
+def _end_with_group() -> None:
+    """SIGTERM ends the task with all processes it started, where it leads a process group of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.getpid() != os.getpgrp():
+        return
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.killpg(os.getpgrp(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _watch_launcher() -> None:
+    """End this task when its local launcher is gone: nobody would see or stop it."""
+    token = os.environ.pop(LAUNCHER, "")
+    if not token:
+        return
+
+    def watch() -> None:
+        while launcher_lives(token):
+            time.sleep(WATCH_SECONDS)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _environment(paths: RunPaths) -> dict[str, Any]:
+    """Where and with what the record was made."""
+    _, provenance = read_run_config(paths.config)
+    facts: dict[str, Any] = {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_model(),
+        "gpu": None,
+        "torch": None,
+        "commit": code_version(),
+        "image": provenance.get("image") or None,
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        facts["torch"] = str(torch.__version__)
+        if torch.cuda.is_available():
+            facts["gpu"] = torch.cuda.get_device_name()
+    return facts

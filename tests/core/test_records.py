@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from rtshpc.core.records import (
+    Record,
+    append_line,
+    read_json,
+    read_lines,
+    read_record,
+    replacing,
+    write_json,
+    write_record,
+)
+
+
+def record() -> Record:
+    return Record(
+        cell="c", stage="gather", label="gather", result_version=1, started="", seconds=1.5, results={"a": [1]}
+    )
+
+
+def test_a_record_reads_back_the_same(tmp_path: Path) -> None:
+    write_record(tmp_path / "record.json", record())
+    assert read_record(tmp_path / "record.json") == record()
+
+
+def test_a_torn_or_foreign_record_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    assert read_record(path) is None
+    write_record(path, record())
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 2, 7):
+        path.write_bytes(whole[:length])
+        assert read_record(path) is None
+    path.write_text('{"cell": "c"}')
+    assert read_record(path) is None
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(path) == 1
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"x": [float("nan")]}])
+def test_what_is_no_json_is_refused_and_the_old_file_stays(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(path, value)
+    assert read_json(path) == 1
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    append_line(path, {"a": 1})
+    append_line(path, {"a": 2})
+    with path.open("a") as file:
+        file.write('{"a": ')
+    assert read_lines(path) == [{"a": 1}, {"a": 2}]
+    assert read_lines(tmp_path / "absent") == []
+
+
+def _append(path: Path, worker: int) -> None:
+    for index in range(50):
+        append_line(path, {"worker": worker, "index": index, "fill": "x" * 200})
+
+
+def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    workers = [multiprocessing.Process(target=_append, args=(path, worker)) for worker in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(read_lines(path)) == len(path.read_text().splitlines()) == 150
+
+
+def _write_forever(path: Path) -> None:
+    while True:
+        write_json(path, {"rows": list(range(20_000))})
+
+
+def test_a_reader_never_sees_a_part_though_the_writer_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"rows": list(range(20_000))})
+    for delay in (0.02, 0.05, 0.09):
+        writer = multiprocessing.Process(target=_write_forever, args=(path,))
+        writer.start()
+        time.sleep(delay)
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        value = read_json(path)
+        assert value is not None
+        assert len(value["rows"]) == 20_000
