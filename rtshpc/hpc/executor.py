@@ -223,11 +223,12 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 def _started(pid: int) -> str:
-    """Start time of a process in clock ticks since boot; empty when there is none."""
+    """Start time of a process in clock ticks since boot; empty where there is none (or a zombie)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
         return ""
+    return "" if state in "ZX" else fields[18]
 
 
 def _descendants(pid: int) -> list[int]:

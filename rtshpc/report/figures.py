@@ -37,7 +37,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _HATCHES = ("", "////", "....")
 LINES_A_FIGURE = len(PALETTE)
 _WIDTH_IN = 4.7
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "rtshpc",
     "svg.fonttype": "none",
     "font.family": "sans-serif",

@@ -41,7 +41,7 @@ def stretch(image_CHW: np.ndarray, valid_HW: np.ndarray, low: float = 2.0, high:
         float32 in 0..1: (H, W, 3) of the first three bands where there are three, else (H, W) of the first band.
     """
     bands = np.asarray(image_CHW, dtype=np.float64)
-    chosen = bands[:3] if bands.shape[0] >= 3 else bands[:1]
+    chosen = bands[:3] if len(bands) >= 3 else bands[:1]
     out = np.zeros(chosen.shape, dtype=np.float32)
     for i, band in enumerate(chosen):
         usable = np.asarray(valid_HW, dtype=bool) & np.isfinite(band)

@@ -19,7 +19,7 @@ from rtshpc.launch.status import is_locked
 from .conftest import Launcher
 
 SHARDS = ("--until", "preprocess")
-LONG = (*SHARDS, "--set", "data.scenes.generated.size_px=3000", "--set", "data.scenes.generated.scenes_per_site=8")
+LONG = (*SHARDS, "--set", "data.scenes.generated.size_px=2500")
 
 
 def states(launcher: Launcher) -> dict[str, dict[str, Any]]:
@@ -46,12 +46,15 @@ def gone(launcher: Launcher, seconds: float) -> bool:
 
 
 @pytest.mark.slow
-def test_a_second_sweep_does_nothing_but_say_so(launcher: Launcher) -> None:
+def test_a_second_sweep_does_nothing_but_say_so_and_records_tell_with_what_they_were_made(launcher: Launcher) -> None:
     first = launcher.run("sweep", *SHARDS)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "done     gather" in first.stdout
     ledger = RunPaths(launcher.runs / "small").ledger
     assert [entry["stage"] for entry in read_lines(ledger)] == ["preprocess", "preprocess", "gather"]
+    record = read_json(next(ledger.parent.glob("cells/*/record.json")))
+    assert {"host", "python", "cpu", "gpu", "torch", "commit", "image"} <= set(record["environment"])
+    assert (record["attempts"], record["seconds"] > 0) == (1, True)
     before = ledger.read_bytes()
     second = launcher.run("sweep", *SHARDS)
     assert second.returncode == 0
@@ -85,7 +88,7 @@ def test_a_failed_cell_is_named_with_its_log_stops_no_sibling_and_can_be_retried
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_a_stopped_launcher_leaves_no_process_and_a_run_that_resumes(launcher: Launcher, number: int) -> None:
     process = launcher.start(*LONG)
     wait_for_tasks(launcher)
@@ -95,7 +98,7 @@ def test_a_stopped_launcher_leaves_no_process_and_a_run_that_resumes(launcher: L
     assert "stopped; run the same line again" in output
     assert gone(launcher, 1)
     assert not any(cell["state"] in ("running", "failed") for cell in states(launcher).values())
-    assert launcher.run("sweep", *SHARDS).returncode == 0
+    assert launcher.run("sweep", *LONG).returncode == 0
 
 
 @pytest.mark.slow
@@ -106,7 +109,7 @@ def test_tasks_end_with_a_launcher_that_is_killed_and_the_run_resumes(launcher: 
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert gone(launcher, 15)
-    assert launcher.run("sweep", *SHARDS).returncode == 0
+    assert launcher.run("sweep", *LONG).returncode == 0
 
 
 @pytest.mark.slow
@@ -130,13 +133,3 @@ def test_the_debug_executor_runs_the_same_tasks_one_after_the_other(launcher: La
     entries = read_lines(RunPaths(launcher.runs / "small").ledger)
     assert {entry["executor"] for entry in entries} == {"debug"}
     assert all(Path(entry["log"]).read_text() for entry in entries)
-
-
-@pytest.mark.slow
-def test_a_record_tells_where_and_with_what_it_was_made(launcher: Launcher) -> None:
-    assert launcher.run("sweep", *SHARDS).returncode == 0
-    paths = RunPaths(launcher.runs / "small")
-    record = read_json(next(paths.cells.glob("*/record.json")))
-    assert {"host", "python", "cpu", "gpu", "torch", "commit", "image"} <= set(record["environment"])
-    assert record["attempts"] == 1
-    assert record["seconds"] > 0

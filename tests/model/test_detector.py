@@ -120,7 +120,7 @@ def test_bf16_autocast_trains_and_detects(build, images, target) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model(images(rgb=3, ndvi=1), [target((4, 6, 30, 40)), target()], [1, 2])
     sum(losses.values()).backward()
-    assert all(v.dtype == torch.float32 and math.isfinite(float(v)) for v in losses.values())
+    assert all(v.dtype == torch.float32 and math.isfinite(v.item()) for v in losses.values())
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         assert len(model.eval()(images(rgb=3, ndvi=1))) == 2
 

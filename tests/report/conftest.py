@@ -19,7 +19,7 @@ import pytest
 from rtshpc.core import grid
 from rtshpc.core.cell import RESULT_VERSION, Cell
 from rtshpc.core.config import DataConfig, FinetuneConfig, ModelConfig, RunConfig, ScenesConfig
-from rtshpc.core.load import write_cell
+from rtshpc.core.load import write_cell, write_run_config
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.progress import SILENT
 from rtshpc.core.records import Record, read_json, write_json, write_record, write_text
@@ -248,7 +248,8 @@ def make_run(root: Path, config: RunConfig | None = None, values: dict[tuple[str
     for i, cell in enumerate(by_id.values()):
         _write(paths, cell, by_id, i)
     _write_shards(paths)
-    write_text(paths.config, f"name: {config.name}\nseed: 0\n")
+    write_run_config(paths.config, config, {"commit": "c0ffee1", "data_fingerprint": FINGERPRINT})
+    write_cell(paths.cell(summary.id).config, summary)
     return Run(paths, summary, by_id)
 
 

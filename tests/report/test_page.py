@@ -6,6 +6,8 @@ import csv
 import io
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rtshpc.core.records import read_json
+from rtshpc.core.records import read_json, read_record
 from rtshpc.report import paper
 
 
@@ -228,3 +230,24 @@ def test_provenance_names_commit_fingerprint_hardware_and_cells(run: Any) -> Non
     for fact in ("c0ffee1", "5eed" * 16, "Test CPU", "2.14.1", "3.11.9", *run.cells):
         assert fact in page
     assert "2031-02-03" in page and "name: test-run" in page
+
+
+@pytest.mark.slow
+def test_the_stage_runs_as_a_process_and_leaves_a_record(run: Any) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "rtshpc.stages",
+        "summarise",
+        "--run-dir",
+        str(run.paths.root),
+        "--task",
+        run.summary.id,
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    record = read_record(run.paths.cell(run.summary.id).record)
+    assert record is not None and record.results["cells"] == 22
+    first = run.paths.report_page.read_bytes()
+    # The summary's own record has its own time: it must not change the next page.
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert run.paths.report_page.read_bytes() == first

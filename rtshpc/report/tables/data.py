@@ -54,7 +54,7 @@ def count_table(records: RunRecords) -> Table | None:
 def _balance(gather: CellResult) -> str:
     """Accepted + rejected = input, or a plain statement that it is not so."""
     total, accepted, rejected = (gather.get(f"scenes.{key}") for key in ("total", "accepted", "rejected"))
-    if None in (total, accepted, rejected):
+    if total is None or accepted is None or rejected is None:
         return "The gather record does not say how many scenes were accepted and rejected."
     verdict = "" if accepted + rejected == total else " These do not add up."
     return f"Scenes: {accepted} accepted + {rejected} rejected of {total} given.{verdict}"

@@ -214,7 +214,8 @@ def setting_sentence(records: RunRecords, cell: Cell) -> str:
     models = sorted({row.config.model.name for row in trained})
     names = sorted({row.config.data.name for row in trained})
     generated = any(row.config.data.scenes.generated for row in trained)
-    epochs = sorted({row.trained.get("epochs") for row in trained if row.trained and row.trained.get("epochs")})
+    found = {row.trained.get("epochs") for row in trained if row.trained}
+    epochs = sorted(int(value) for value in found if value)
     text = f"Model “{', '.join(models)}” on data set “{', '.join(names)}”"
     text += " (generated scenes: they show that the pipeline works, not how well slumps are found)" if generated else ""
     if epochs:
