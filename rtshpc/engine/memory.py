@@ -83,12 +83,18 @@ def measure(spec: MemorySpec) -> dict[str, Any]:
     device = _device(spec.device)
     detector = build_detector(spec.model, spec.channels, spec.classes, spec.arm == "pretrained").to(device).train()
     images, target = sample(spec, device)
-    for _ in range(spec.warmups):
-        _step(detector, images, target, spec)
-        _zero(detector)
+    saved = None
+    for number in range(spec.warmups):
+        if number == 0 and device.type == "cpu":
+            saved = saved_bytes(detector, images, target, spec)
+        else:
+            _step(detector, images, target, spec)
     sampler = NvmlSampler(_uuid(device)) if device.type == "cuda" else None
     with sampler or nullcontext():
-        figures = _measure_cuda(detector, images, target, spec) if sampler else _measure_cpu(detector, images, target, spec)
+        if device.type == "cuda":
+            figures = _measure_cuda(detector, images, target, spec)
+        else:
+            figures = _measure_cpu(detector, images, target, spec, saved)
     parameters = list(detector.parameters())
     held = {
         "parameters_bytes": _bytes([*parameters, *detector.buffers()]),
@@ -162,19 +168,20 @@ def _measure_cuda(detector: Detector, images: dict[str, Tensor], target: Target,
     }
 
 
-def _measure_cpu(detector: Detector, images: dict[str, Tensor], target: Target, spec: MemorySpec) -> dict[str, Any]:
-    """Storages that autograd keeps, each counted once, without parameters, buffers and the sample itself."""
-    times, kept = [], 0
+def _measure_cpu(
+    detector: Detector, images: dict[str, Tensor], target: Target, spec: MemorySpec, saved: int | None
+) -> dict[str, Any]:
+    """Time of the repeats, and what the warm-up found saved (a step of its own where there was none)."""
+    times: list[float] = []
     for _ in range(spec.repeats):
         _zero(detector)
         began = time.perf_counter()
         _step(detector, images, target, spec)
         times.append(time.perf_counter() - began)
-    # Counted in a step of its own: the hooks take time.
-    _zero(detector)
-    kept = saved_bytes(detector, images, target, spec)
+    if saved is None:
+        saved = saved_bytes(detector, images, target, spec)
     return {
-        "activations_bytes": kept,
+        "activations_bytes": saved,
         "allocator_peak_bytes": None,
         "reserved_peak_bytes": None,
         "step_seconds": statistics.median(times),
@@ -182,7 +189,10 @@ def _measure_cpu(detector: Detector, images: dict[str, Tensor], target: Target, 
 
 
 def saved_bytes(detector: Detector, images: Mapping[str, Tensor], target: Target, spec: MemorySpec) -> int:
-    """Bytes of the distinct storages that a forward pass keeps for its backward pass."""
+    """Bytes of the distinct storages that a forward pass keeps for its backward pass, which is run too.
+
+    Parameters, buffers and the sample itself are not counted. The hooks take time: no step to be timed.
+    """
     own = {
         tensor.untyped_storage().data_ptr()
         for tensor in (*detector.parameters(), *detector.buffers(), *images.values(), target.boxes, target.masks)
