@@ -66,12 +66,24 @@ def make_files(folder: Path, kind: str, count: int) -> None:
             layers = (pixels * 1e-4).astype(np.float32)
         transform = from_origin(400_000 + 3000 * (number % 40), 7_990_000 - 3000 * (number // 40), 4, 4)
         with rasterio.open(
-            folder / f"scene{number:04d}.tif", "w", count=BANDS, dtype=kind, compress=KINDS[kind], transform=transform, **common
+            folder / f"scene{number:04d}.tif",
+            "w",
+            count=BANDS,
+            dtype=kind,
+            compress=KINDS[kind],
+            transform=transform,
+            **common,
         ) as file:
             file.write(layers)
         mask = (np.roll(ids, number, axis=1) > 0).astype(np.uint8)
         with rasterio.open(
-            folder / f"mask{number:04d}.tif", "w", count=1, dtype="uint8", compress="deflate", transform=transform, **common
+            folder / f"mask{number:04d}.tif",
+            "w",
+            count=1,
+            dtype="uint8",
+            compress="deflate",
+            transform=transform,
+            **common,
         ) as file:
             file.write(mask, 1)
 
@@ -214,7 +226,11 @@ def main(arguments: list[str]) -> int:
             shutil.rmtree(work)
             shutil.rmtree(Path(root) / kind)
     if given.json:
-        print(json.dumps({"benchmark": "preprocess", "files": given.files, "repeats": given.repeats, "rows": rows}, indent=1))
+        print(
+            json.dumps(
+                {"benchmark": "preprocess", "files": given.files, "repeats": given.repeats, "rows": rows}, indent=1
+            )
+        )
     else:
         print(f"{given.files} files of {BANDS} x {SIZE} x {SIZE}; CPU seconds, median of {given.repeats}")
         for row in rows:

@@ -12,7 +12,15 @@ from rtshpc.core.config.section import Section, doc
 STAGES = ("preprocess", "gather", "pretrain", "finetune", "evaluate", "measure", "summarise")
 """Stages in the order they run."""
 
-RESULT_VERSION = {"preprocess": 1, "gather": 1, "pretrain": 1, "finetune": 1, "evaluate": 1, "measure": 1, "summarise": 1}
+RESULT_VERSION = {
+    "preprocess": 1,
+    "gather": 1,
+    "pretrain": 1,
+    "finetune": 1,
+    "evaluate": 1,
+    "measure": 1,
+    "summarise": 1,
+}
 """Raised by hand, one integer a stage, when the stage's results change."""
 
 

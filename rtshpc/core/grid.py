@@ -69,8 +69,7 @@ def cells(config: RunConfig, fingerprint: str) -> list[Cell]:
     shards = _shard_cells(plain, fingerprint)
     gather = shards[-1]
     pretrained = {
-        modality: _pretrain_cell(plain, modality, gather)
-        for modality in _pretrained_modalities(plain, variants)
+        modality: _pretrain_cell(plain, modality, gather) for modality in _pretrained_modalities(plain, variants)
     }
     tuned = [_finetune_cell(variant, varied, gather, pretrained) for varied, variant in variants]
     trained = [*pretrained.values(), *_unique(tuned)]
@@ -146,9 +145,7 @@ def _with_values(base: Mapping[str, Any], varied: Mapping[str, Any]) -> RunConfi
         raise GridError(next(iter(varied), ""), text) from None
 
 
-def _pretrained_modalities(
-    config: RunConfig, variants: Sequence[tuple[dict[str, Any], RunConfig]]
-) -> dict[str, None]:
+def _pretrained_modalities(config: RunConfig, variants: Sequence[tuple[dict[str, Any], RunConfig]]) -> dict[str, None]:
     """Modalities to pretrain, in the data's order: those asked for, and those a fusion builds on."""
     wanted = set(config.pretrain.modalities or config.data.modalities)
     for _, variant in variants:
@@ -214,9 +211,7 @@ def _pretrain_cell(config: RunConfig, modality: str, gather: Cell) -> Cell:
     )
 
 
-def _finetune_cell(
-    config: RunConfig, varied: dict[str, Any], gather: Cell, pretrained: Mapping[str, Cell]
-) -> Cell:
+def _finetune_cell(config: RunConfig, varied: dict[str, Any], gather: Cell, pretrained: Mapping[str, Cell]) -> Cell:
     """One grid combination; with full training nothing is loaded, so it needs the shards only."""
     tuning = config.finetune
     modalities = (tuning.primary, *(name for name in tuning.modalities if name != tuning.primary))
@@ -253,9 +248,7 @@ def _finetune_label(config: RunConfig, modalities: Sequence[str], varied: Mappin
         words += [config.model.fusion.mixer, "residual" if config.model.fusion.residual else "plain"]
     words.append(config.finetune.backbones)
     told = {"model.fusion.mixer", "model.fusion.residual"}
-    told |= {
-        f"finetune.{name}" for name in FinetuneConfig.model_fields if name in UNHASHED_TRAINING - {"heads"}
-    }
+    told |= {f"finetune.{name}" for name in FinetuneConfig.model_fields if name in UNHASHED_TRAINING - {"heads"}}
     words += [f"{key.split('.')[-1]}={show(value)}" for key, value in varied.items() if key not in told]
     return " ".join(words)
 

@@ -46,9 +46,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if isinstance(key, list | dict):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'key "{key}" is given twice', key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f'key "{key}" is given twice', key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -152,9 +150,7 @@ def find_config(kind: str, name_or_path: str, place: str = "") -> Path:
         path = Path(text)
         if path.is_file():
             return path
-        raise ConfigError(
-            f"{place}{text}: no such file. Or give a name.{guess(Path(text).stem, known_names(kind))}"
-        )
+        raise ConfigError(f"{place}{text}: no such file. Or give a name.{guess(Path(text).stem, known_names(kind))}")
     for folder in config_folders(kind):
         path = folder / f"{text}.yaml"
         if path.is_file():
@@ -275,9 +271,7 @@ def read_run_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 def write_cell(path: Path, cell: Cell) -> None:
     """Write `cells/<id>/config.yaml`."""
-    write_text(
-        path, yaml.safe_dump(cell.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    )
+    write_text(path, yaml.safe_dump(cell.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110))
 
 
 def read_cell(path: Path) -> Cell:
@@ -285,9 +279,7 @@ def read_cell(path: Path) -> Cell:
     return validate(Raw(read_yaml(path), {(): (_shown(path), 0)}), Cell)
 
 
-def _load_section(
-    kind: str, name_or_path: str | Path, sets: Sequence[str], model: type[AnySection]
-) -> AnySection:
+def _load_section(kind: str, name_or_path: str | Path, sets: Sequence[str], model: type[AnySection]) -> AnySection:
     raw = _read(kind, str(name_or_path))
     for key, value in map(parse_set, sets):
         raw.assign(key, value, "--set")
@@ -324,9 +316,7 @@ def _resolve_section(raw: Raw, name: str) -> None:
     elif value is None or isinstance(value, dict):
         return
     else:
-        raise ConfigError(
-            f"{spelled} = {show(value)} must be a name or a section.{guess('', known_names(name))}"
-        )
+        raise ConfigError(f"{spelled} = {show(value)} must be a name or a section.{guess('', known_names(name))}")
     section = _read(name, base, f"{spelled}: ").below((name,))
     section.merge(Raw({name: over}, raw.origins))
     raw.values[name] = section.values[name]

@@ -112,7 +112,10 @@ def zoom(layers: Tensor, geometry: Geometry, kernel: str) -> Tensor:
         resized = F.interpolate(flat.to(torch.float32), size=new, mode="nearest-exact").to(layers.dtype)
     else:
         resized = F.interpolate(flat, size=new, mode="bilinear", align_corners=False)
-    place = [int(share * (abs(full - now) + 1)) for share, full, now in zip(geometry.place, (height, width), new, strict=True)]
+    place = [
+        int(share * (abs(full - now) + 1))
+        for share, full, now in zip(geometry.place, (height, width), new, strict=True)
+    ]
     if geometry.zoom > 1.0:
         out = resized[..., place[0] : place[0] + height, place[1] : place[1] + width]
     else:

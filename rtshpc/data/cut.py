@@ -108,7 +108,9 @@ def _cut(opened: OpenScene, instances: InstanceMap, box: ChipBox, data: DataConf
     if labels.count == 0 and not kept_though_empty(name, data.chip):
         return None
     if labels.count > MOST_INSTANCES:
-        raise SceneRejected("too_many_instances", f"{name} holds {labels.count} instances, at most {MOST_INSTANCES} fit")
+        raise SceneRejected(
+            "too_many_instances", f"{name} holds {labels.count} instances, at most {MOST_INSTANCES} fit"
+        )
     ids = labels.ids.astype(np.uint16)
     if labels.ignore.any():
         ids[labels.ignore & (labels.ids == 0)] = IGNORE_ID

@@ -85,7 +85,9 @@ class Statistics:
         """The inverse of `to_json`."""
         low = [np.inf if v is None else v for v in value["min"]]
         high = [-np.inf if v is None else v for v in value["max"]]
-        return cls(*(np.asarray(part, dtype=np.float64) for part in (value["count"], value["mean"], value["m2"], low, high)))
+        return cls(
+            *(np.asarray(part, dtype=np.float64) for part in (value["count"], value["mean"], value["m2"], low, high))
+        )
 
 
 def statistics_of(pixels: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> Statistics:

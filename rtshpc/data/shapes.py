@@ -46,7 +46,10 @@ class Shape:
     @property
     def bounds(self) -> tuple[int, int, int, int]:
         """x1 y1 x2 y2 in whole pixels, right and lower edge outside."""
-        low, high = np.floor(self.outline.min(axis=0)).astype(int) - 1, np.ceil(self.outline.max(axis=0)).astype(int) + 2
+        low, high = (
+            np.floor(self.outline.min(axis=0)).astype(int) - 1,
+            np.ceil(self.outline.max(axis=0)).astype(int) + 2,
+        )
         return int(low[0]), int(low[1]), int(high[0]), int(high[1])
 
     def mask(self) -> npt.NDArray[np.bool_]:
@@ -115,7 +118,9 @@ class Ground:
                 return outline + centre
         return None
 
-    def is_free(self, centre: npt.NDArray[np.float64], reach: float, but: npt.NDArray[np.float64] | None = None) -> bool:
+    def is_free(
+        self, centre: npt.NDArray[np.float64], reach: float, but: npt.NDArray[np.float64] | None = None
+    ) -> bool:
         """Whether a circle is inside the scene's data and clear of all others (except the one about `but`)."""
         x, y = float(centre[0]), float(centre[1])
         if self._wedge and (self._wedge - x - y) / np.sqrt(2) > -(reach + 1):

@@ -60,7 +60,9 @@ class Layout:
     def of(cls, pixels: Mapping[str, npt.NDArray[Any]]) -> Layout:
         """The layout of chips like this one: modality -> (C, H, W)."""
         size = next(iter(pixels.values())).shape[-1]
-        return cls(size, tuple((name, len(layers), layers.dtype.newbyteorder("<").str) for name, layers in pixels.items()))
+        return cls(
+            size, tuple((name, len(layers), layers.dtype.newbyteorder("<").str) for name, layers in pixels.items())
+        )
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -203,7 +205,9 @@ class ShardWriter:
         self._file["crc32"] = np.array(self._crcs, dtype=np.uint32)
         count = len(self._chips)
         self._file["scaling"] = np.array(self._scaling, dtype=np.float64).reshape(count, -1, 2)
-        self._file["transform"] = np.array([chip.transform[:6] for chip in self._chips], dtype=np.float64).reshape(-1, 6)
+        self._file["transform"] = np.array([chip.transform[:6] for chip in self._chips], dtype=np.float64).reshape(
+            -1, 6
+        )
         for name, tables in self._statistics.items():
             self._file[f"statistics/{name}"] = np.stack(tables)
         for field in ("id", "scene", "site", "crs_wkt"):
@@ -220,7 +224,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.__exit__(kind, value, trace)
 
 

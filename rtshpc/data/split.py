@@ -111,7 +111,9 @@ def _dense_ring(corners: Sequence[tuple[float, float]]) -> np.ndarray:
     """A ring with points along the edges, so that it bends with the projection."""
     points = np.asarray(corners, dtype=np.float64)
     share = np.arange(_STEPS)[:, None] / _STEPS
-    return np.concatenate([a * (1 - share) + b * share for a, b in zip(points, np.roll(points, -1, axis=0), strict=True)])
+    return np.concatenate(
+        [a * (1 - share) + b * share for a, b in zip(points, np.roll(points, -1, axis=0), strict=True)]
+    )
 
 
 def split_scenes(scenes: Sequence[Footprint], config: SplitConfig) -> dict[str, str]:
@@ -188,9 +190,7 @@ def _lot(seed: int, split: str, name: str) -> str:
     return hashlib.sha256(f"{seed}/{split}/{name}".encode()).hexdigest()
 
 
-def split_chips(
-    chips: Sequence[Mapping[str, str]], scenes: Sequence[Footprint], config: SplitConfig
-) -> list[str]:
+def split_chips(chips: Sequence[Mapping[str, str]], scenes: Sequence[Footprint], config: SplitConfig) -> list[str]:
     """Split of each chip.
 
     Args:
@@ -201,6 +201,8 @@ def split_chips(
     if not (config.allow_leakage and config.rule == "stratified"):
         of_scene = split_scenes(scenes, config)
         return [of_scene[chip["scene"]] for chip in chips]
-    alone = [[Footprint(chip["id"], chip["site"], "", "", "", ())] for chip in sorted(chips, key=lambda chip: chip["id"])]
+    alone = [
+        [Footprint(chip["id"], chip["site"], "", "", "", ())] for chip in sorted(chips, key=lambda chip: chip["id"])
+    ]
     of_chip = _stratified(alone, config)
     return [of_chip[chip["id"]] for chip in chips]

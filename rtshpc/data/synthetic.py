@@ -269,7 +269,9 @@ def _paint(bands: Field, shape: Shape, mask: npt.NDArray[np.bool_], contrast: fl
     """Mix a shape's colour into its pixels: lighter under the headwall, darker towards the floor."""
     x1, y1, x2, y2 = shape.bounds
     y, x = np.nonzero(mask)
-    across = (x + corner[1] - (x1 + x2) / 2) * np.cos(shape.slope) + (y + corner[0] - (y1 + y2) / 2) * np.sin(shape.slope)
+    across = (x + corner[1] - (x1 + x2) / 2) * np.cos(shape.slope) + (y + corner[0] - (y1 + y2) / 2) * np.sin(
+        shape.slope
+    )
     shade = (0.85 + 0.3 * shape.texture) * (1 + 0.15 * across / max(x2 - x1, y2 - y1))
     colour = _column(KINDS[shape.kind])[:, :, 0] * shade
     bands[:, y, x] += contrast * (colour - bands[:, y, x])

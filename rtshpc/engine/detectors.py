@@ -97,5 +97,7 @@ def read_trained(paths: RunPaths, cell_id: str) -> dict[str, Any]:
     path = paths.cell(cell_id).best_checkpoint
     found = checkpoint.file_sha256(path) if path.is_file() else "none"
     if found != wanted:
-        raise RunError(f"{path}: SHA-256 {found[:12]}, but the record says {wanted[:12]}; remove the record to train anew")
+        raise RunError(
+            f"{path}: SHA-256 {found[:12]}, but the record says {wanted[:12]}; remove the record to train anew"
+        )
     return checkpoint.load(path)

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch import multiprocessing as mp
+from torch import Tensor, multiprocessing as mp, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rtshpc.core.errors import RunError
@@ -99,7 +98,9 @@ def choose_device(wanted: str, rank: int = 0) -> torch.device:
     """
     count = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cuda" and rank >= count:
-        raise RunError(f"device = cuda: process {rank} has no GPU, {count} visible; use device: auto or fewer processes")
+        raise RunError(
+            f"device = cuda: process {rank} has no GPU, {count} visible; use device: auto or fewer processes"
+        )
     if count == 0:
         return torch.device("cpu")
     return torch.device("cuda", rank % count)
@@ -199,9 +200,7 @@ def _enter(rank: int, work: Work, size: int, device: str, folder: str, arguments
     # One machine: the address of its host name need not resolve.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "nccl" if own.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=TIMEOUT
-    )
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         result = work(Group(rank, size, own), *arguments)
         if rank == 0:

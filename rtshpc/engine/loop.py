@@ -23,11 +23,10 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.progress import SILENT, Progress
 from rtshpc.data.reader import ShardDataset
 from rtshpc.engine import checkpoint, optim
-from rtshpc.engine.checkpoint import Checkpoints, Position
+from rtshpc.engine.checkpoint import Checkpoints, Journal, Position
 from rtshpc.engine.detectors import sources
 from rtshpc.engine.distributed import Group, Preempted, run_group, stop_requests
 from rtshpc.engine.feed import TrainBatch, batches, derive_seed, plan_steps, steps_per_epoch
-from rtshpc.engine.journal import Journal
 from rtshpc.engine.predict import autocast, predict
 from rtshpc.engine.scoring import quick_score
 from rtshpc.model.detector import Detector
@@ -142,7 +141,9 @@ class _Training:
         assert loaded is not None
         states = loaded.states
         if states["steps_per_epoch"] != self.per_epoch or states["cell"] != self.cell.id:
-            warnings.warn(f"cells/{self.cell.id}: last.pt is of other chips or another cell; starting anew", stacklevel=2)
+            warnings.warn(
+                f"cells/{self.cell.id}: last.pt is of other chips or another cell; starting anew", stacklevel=2
+            )
             return
         load_trainable(self.detector, states["model"], "last.pt")
         self.optimizer.load_state_dict(states["optimizer"])
@@ -203,7 +204,9 @@ class _Training:
             self.journal.train({**row, "grad_norm": grad_norm})
         self.progress("train", step, self.total, f"loss {total:.3f}")
 
-    def _values(self, losses: Mapping[str, Tensor], norm: Tensor, weight: float) -> tuple[dict[str, float], float | None]:
+    def _values(
+        self, losses: Mapping[str, Tensor], norm: Tensor, weight: float
+    ) -> tuple[dict[str, float], float | None]:
         """Losses, as means over the global batch, and the gradients' norm (None if not finite)."""
         own = torch.stack([*losses.values()]).detach() * (weight / self.group.size)
         numbers = [*self.group.sum(own).tolist(), float(norm)]

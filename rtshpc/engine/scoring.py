@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _evaluate(results: Sequence[ImageResult], classes: int, kind: str, edges: Se
     if not results or (kind == "mask" and any(result.found.masks is None for result in results)):
         return None
     bounds = [0.0, *edges, _FAR_M2]
-    ranges = [[0.0, _FAR_M2], *([low, high] for low, high in zip(bounds, bounds[1:], strict=False) if edges)]
+    ranges = [[0.0, _FAR_M2], *([low, high] for low, high in itertools.pairwise(bounds) if edges)]
     with redirect_stdout(io.StringIO()):
         truth = _dataset(results, classes, kind, found=False)
         found = _dataset(results, classes, kind, found=True)

@@ -33,11 +33,14 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     data = cell.config.data
     parts = _parts(cell, paths)
     merged: dict[str, list[Row]] = {
-        key: [row for part in parts for row in part[key]] for key in ("shards", "chips", "accepted", "rejected", "warned")
+        key: [row for part in parts for row in part[key]]
+        for key in ("shards", "chips", "accepted", "rejected", "warned")
     }
     total = sum(part["scenes"] for part in parts)
     if len(merged["accepted"]) + len(merged["rejected"]) != total:
-        raise RunError(f"{paths.shards}: accepted and rejected scenes are not the {total} of the input; retry preprocess")
+        raise RunError(
+            f"{paths.shards}: accepted and rejected scenes are not the {total} of the input; retry preprocess"
+        )
     rejected = sorted(merged["rejected"], key=lambda row: row["scene"])
     write_json(paths.rejected, rejected)
     if not merged["chips"]:
@@ -161,4 +164,6 @@ def _moved(scenes: list[Row], chips: list[Row], data: DataConfig) -> list[Row]:
         # Train sites give scenes to val by draw; only a move into test is a move there.
         return row["scene"] in now and (now[row["scene"]] != want if want else now[row["scene"]] == "test")
 
-    return [{"scene": row["scene"], "from": wanted(row) or "train", "to": now[row["scene"]]} for row in scenes if odd(row)]
+    return [
+        {"scene": row["scene"], "from": wanted(row) or "train", "to": now[row["scene"]]} for row in scenes if odd(row)
+    ]

@@ -27,7 +27,18 @@ def sample_of(seed: int, name: str = "chip", size: int = SIZE) -> Sample:
     base = torch.from_numpy(random.normal(size=(1, size, size)).astype(np.float32)) * valid
     images = {"rgb": torch.cat((base, base * 2, base * 3)), "ndvi": base.clone()}
     target = target_of(torch.from_numpy(ids), [number % 3 for number in range(count)])
-    return Sample(name, "scene", "site", images, valid, target, (1.0, 0, 0, 0, -1.0, 0), "", (size, size), {"rgb": valid, "ndvi": valid})
+    return Sample(
+        name,
+        "scene",
+        "site",
+        images,
+        valid,
+        target,
+        (1.0, 0, 0, 0, -1.0, 0),
+        "",
+        (size, size),
+        {"rgb": valid, "ndvi": valid},
+    )
 
 
 configs = st.builds(
@@ -74,7 +85,11 @@ def test_a_draw_depends_on_seed_epoch_and_id_alone(config: AugmentConfig, seed: 
 def test_seed_epoch_and_id_all_matter() -> None:
     config = AugmentConfig(noise=0.5)
     one = augment(sample_of(1), config, 0, 0).images["rgb"]
-    for other in (augment(sample_of(1), config, 1, 0), augment(sample_of(1), config, 0, 1), augment(sample_of(1, "b"), config, 0, 0)):
+    for other in (
+        augment(sample_of(1), config, 1, 0),
+        augment(sample_of(1), config, 0, 1),
+        augment(sample_of(1, "b"), config, 0, 0),
+    ):
         assert not torch.equal(one, other.images["rgb"])
 
 
@@ -107,7 +122,9 @@ def test_flips_and_turns_move_pixels_and_compute_nothing() -> None:
     seen = set()
     for epoch in range(40):
         got = augment(sample, AugmentConfig(), 0, epoch)
-        assert torch.equal(got.images["rgb"].flatten(1).sort(dim=1).values, sample.images["rgb"].flatten(1).sort(dim=1).values)
+        assert torch.equal(
+            got.images["rgb"].flatten(1).sort(dim=1).values, sample.images["rgb"].flatten(1).sort(dim=1).values
+        )
         seen.add(tuple(got.images["ndvi"].flatten().tolist()))
     assert len(seen) == 8, "flips and quarter turns of a square are eight"
 
@@ -116,7 +133,9 @@ def test_nodata_stays_zero_under_radiometry() -> None:
     sample = sample_of(5)
     got = augment(sample, AugmentConfig(flip=False, quarter_turns=False, brightness=1.0, contrast=0.5, noise=1.0), 0, 0)
     for image in got.images.values():
-        assert (image[:, ~sample.valid] == 0).all() and not torch.equal(image[:, sample.valid], sample.images["ndvi"][:, sample.valid])
+        assert (image[:, ~sample.valid] == 0).all() and not torch.equal(
+            image[:, sample.valid], sample.images["ndvi"][:, sample.valid]
+        )
 
 
 def test_a_batch_stacks_and_refuses_what_does_not_fit() -> None:

@@ -33,7 +33,11 @@ def test_statistics_equal_a_float64_reference(kind: str, seed: int, offset: int,
         parts.append((pixels.astype(kind), valid))
     total = merge([statistics_of(*part) for part in parts], 2)
     count, mean, variance, low, high = reference(parts)
-    assert np.array_equal(total.count, count) and np.array_equal(total.minimum, low) and np.array_equal(total.maximum, high)
+    assert (
+        np.array_equal(total.count, count)
+        and np.array_equal(total.minimum, low)
+        and np.array_equal(total.maximum, high)
+    )
     assert np.allclose(total.mean, mean, rtol=1e-11, atol=1e-11)
     assert np.allclose(total.m2 / total.count, variance, rtol=1e-9, atol=1e-9)
 

@@ -61,7 +61,9 @@ def test_index_statistics_are_those_of_the_train_split(small_run: Any) -> None:
         assert np.allclose(facts["min"], joined.min(axis=1)) and np.allclose(facts["max"], joined.max(axis=1))
 
 
-def test_the_number_of_tasks_changes_no_chip(small_run: Any, small_data: Any, make_shards: Make, tmp_path: Path) -> None:
+def test_the_number_of_tasks_changes_no_chip(
+    small_run: Any, small_data: Any, make_shards: Make, tmp_path: Path
+) -> None:
     data, paths, _ = small_run
     other, _ = make_shards(small_data(shard={"tasks": 3}), tmp_path)
     one, two = read_index(paths.index), read_index(other.index)
@@ -92,7 +94,9 @@ def test_bad_scenes_are_quarantined_by_name_and_the_others_go_on(
         new.descriptions = descriptions
     (folder / f"{names[3]}_instances.tif").unlink()
     labels = {"kind": "instances", "file": "{stem}_instances.tif"}
-    data = small_data(root=str(folder), scenes={"glob": "*_0[0-9][0-9].tif", "site_pattern": "([a-z]+)_"}, labels=labels)
+    data = small_data(
+        root=str(folder), scenes={"glob": "*_0[0-9][0-9].tif", "site_pattern": "([a-z]+)_"}, labels=labels
+    )
     paths, results = make_shards(data, tmp_path / "run")
     rejected = read_json(paths.rejected)
     assert [row["scene"] for row in rejected] == names[:4] and all(row["reason"] and row["detail"] for row in rejected)
@@ -109,7 +113,11 @@ def test_a_scene_that_fails_half_way_leaves_no_chip(
     folder.mkdir()
     for name in ("banks_000", "banks_001"):
         with rasterio.open(source.scenes / f"{name}.tif") as old:
-            profile, pixels, descriptions = {**old.profile, "tiled": True, "blockxsize": 16, "blockysize": 16}, old.read(), old.descriptions
+            profile, pixels, descriptions = (
+                {**old.profile, "tiled": True, "blockxsize": 16, "blockysize": 16},
+                old.read(),
+                old.descriptions,
+            )
         with rasterio.open(folder / f"{name}.tif", "w", **profile) as new:
             new.write(pixels)
             new.descriptions = descriptions
@@ -161,7 +169,9 @@ def test_gather_names_what_is_missing(small_run: Any, make_cells: Cells, tmp_pat
 
     for cell in cells:
         results = preprocess.run(cell, paths, SILENT)
-        record = Record(cell=cell.id, stage="preprocess", label="", result_version=1, started="", seconds=0, results=results)
+        record = Record(
+            cell=cell.id, stage="preprocess", label="", result_version=1, started="", seconds=0, results=results
+        )
         write_record(paths.cell(cell.id).record, record)
     victim = next(paths.shards.glob("*.h5"))
     victim.write_bytes(victim.read_bytes()[:-1])
@@ -177,7 +187,9 @@ def test_empty_chips_are_thinned_by_name(small_data: Any, make_shards: Make, sma
     all_paths, every = make_shards(small_data(chip=chip), tmp_path / "all")
     half_paths, half = make_shards(small_data(chip={**chip, "keep_empty": 0.5}), tmp_path / "half")
     none_paths, none = make_shards(small_data(chip={**chip, "keep_empty": 0.0}), tmp_path / "none")
-    assert none["chips"] < half["chips"] < every["chips"] and none["instances"] == half["instances"] == every["instances"]
+    assert (
+        none["chips"] < half["chips"] < every["chips"] and none["instances"] == half["instances"] == every["instances"]
+    )
     kept = [{row["id"] for row in read_index(p.index)["chips"]} for p in (none_paths, half_paths, all_paths)]
     assert kept[0] <= kept[1] <= kept[2] and full
 
@@ -291,6 +303,8 @@ def test_a_preprocess_killed_at_any_instant_ends_with_the_same_bytes(
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(2, 6))
-def test_a_storm_of_kills_ends_with_the_same_bytes(small_data: Any, make_cells: Cells, tmp_path: Path, seed: int) -> None:
+def test_a_storm_of_kills_ends_with_the_same_bytes(
+    small_data: Any, make_cells: Cells, tmp_path: Path, seed: int
+) -> None:
     (cell,), _ = make_cells(many_shards(small_data))
     kill_storm(cell, tmp_path, kills=5, seed=seed)

@@ -37,7 +37,7 @@ def write(path: Path, count: int = 5, compression: Any = "none", seed: int = 0) 
         ids[0] = IGNORE_ID
         writer = writer or ShardWriter(path, Layout.of(pixels), compression)
         chip = Chip(f"chip-{number}-é", f"scene{number}", "site", (0.1 + number, 1e-9, -0.3, 0.0, -0.1, 7e6 / 3), "WKT")
-        scaling = {name: (1e-4, 0.5) for name in kinds}
+        scaling = dict.fromkeys(kinds, (0.0001, 0.5))
         stats = {name: statistics_of(pixels[name], valid[name]) for name in kinds}
         assert writer.append(chip, pixels, valid, ids, [0, number], scaling, stats) == number
         rows.append({"chip": chip, "pixels": pixels, "valid": valid, "ids": ids, "classes": [0, number]})
@@ -56,7 +56,9 @@ def test_every_type_survives_the_round_trip_exactly(tmp_path: Path, compression:
         record = raw.view(file.dtype)[0]
         for name, pixels in row["pixels"].items():
             assert record[name].dtype == pixels.dtype and np.array_equal(record[name], pixels)
-            assert np.array_equal(np.unpackbits(record[name + VALID], axis=-1, count=21).astype(bool), row["valid"][name])
+            assert np.array_equal(
+                np.unpackbits(record[name + VALID], axis=-1, count=21).astype(bool), row["valid"][name]
+            )
         assert np.array_equal(record[IDS], row["ids"]) and list(file.classes(number)) == row["classes"]
     file.close()
 
@@ -67,7 +69,9 @@ def test_plain_h5py_reads_a_shard_by_names(tmp_path: Path) -> None:
         assert file["chips"].chunks == (1,) and len(file["chips"]) == 5
         assert np.array_equal(file["chips"][3]["c"], rows[3]["pixels"]["c"])
         assert file["id"][2].decode() == "chip-2-é" and tuple(file["transform"][4]) == rows[4]["chip"].transform
-        assert np.array_equal(file["statistics/b"][1], statistics_of(rows[1]["pixels"]["b"], rows[1]["valid"]["b"]).to_array())
+        assert np.array_equal(
+            file["statistics/b"][1], statistics_of(rows[1]["pixels"]["b"], rows[1]["valid"]["b"]).to_array()
+        )
 
 
 def test_the_same_chips_give_the_same_bytes(tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_truncated_chips_are_gone_and_their_rows_are_used_again(tmp_path: Path) 
         for number in (0, 3, 2):
             row = rows[number]
             stats = {name: statistics_of(row["pixels"][name], row["valid"][name]) for name in row["pixels"]}
-            scaling = {name: (1.0, 0.0) for name in row["pixels"]}
+            scaling = dict.fromkeys(row["pixels"], (1.0, 0.0))
             if number == 2:
                 writer.truncate(1)
             writer.append(row["chip"], row["pixels"], row["valid"], row["ids"], row["classes"], scaling, stats)
@@ -203,7 +207,11 @@ def test_workers_give_what_the_process_itself_gives(small_run: Made, start: str)
     dataset = ShardDataset(paths.index, data, "", ["rgb"], augment=AugmentConfig(brightness=0.1))
     own = collate([dataset[number] for number in range(4)])  # handles are open before the fork
     loader = DataLoader(
-        dataset, batch_size=4, num_workers=1, collate_fn=collate, multiprocessing_context=multiprocessing.get_context(start)
+        dataset,
+        batch_size=4,
+        num_workers=1,
+        collate_fn=collate,
+        multiprocessing_context=multiprocessing.get_context(start),
     )
     batch = next(iter(loader))
     assert torch.equal(batch.images["rgb"], own.images["rgb"])

@@ -30,7 +30,11 @@ def test_scenes_that_share_ground_are_one_group_and_neighbours_are_not() -> None
 
 def test_overlap_is_found_across_utm_zones() -> None:
     x, y = Transformer.from_crs(32608, 32609, always_xy=True).transform(690_000, 7_460_000)
-    scenes = [square("a", 689_500, 7_460_500), square("b", x - 500, y + 500, crs=ZONE9), square("c", x + 5000, y, crs=ZONE9)]
+    scenes = [
+        square("a", 689_500, 7_460_500),
+        square("b", x - 500, y + 500, crs=ZONE9),
+        square("c", x + 5000, y, crs=ZONE9),
+    ]
     assert names(scenes) == [["a", "b"], ["c"]]
 
 
@@ -44,12 +48,23 @@ def test_overlap_is_found_across_the_date_line() -> None:
 
 
 def test_a_named_group_joins_scenes_wherever_they_lie() -> None:
-    scenes = [square("a", 0, 0, group="g"), square("b", 9e4, 0, group="g"), square("c", 9e4 + 500, 0), square("d", 5e5, 0)]
+    scenes = [
+        square("a", 0, 0, group="g"),
+        square("b", 9e4, 0, group="g"),
+        square("c", 9e4 + 500, 0),
+        square("d", 5e5, 0),
+    ]
     assert names(scenes) == [["a", "b", "c"], ["d"]]
 
 
 scene_lists = st.lists(
-    st.tuples(st.integers(0, 12), st.integers(0, 12), st.sampled_from("pqr"), st.sampled_from(["", "", "", "g1", "g2"]), st.sampled_from(["train", "val", "test"])),
+    st.tuples(
+        st.integers(0, 12),
+        st.integers(0, 12),
+        st.sampled_from("pqr"),
+        st.sampled_from(["", "", "", "g1", "g2"]),
+        st.sampled_from(["train", "val", "test"]),
+    ),
     min_size=4,
     max_size=25,
 )
@@ -75,7 +90,9 @@ def test_overlapping_scenes_stay_together_under_every_rule(drawn: list[tuple], r
 
 
 def test_stratified_takes_its_share_inside_every_site() -> None:
-    scenes = [square(f"{site}{i:02d}", 2000 * i, -5000 * k, site=site) for k, site in enumerate("pqr") for i in range(20)]
+    scenes = [
+        square(f"{site}{i:02d}", 2000 * i, -5000 * k, site=site) for k, site in enumerate("pqr") for i in range(20)
+    ]
     result = split_scenes(scenes, SplitConfig(test_fraction=0.2, val_fraction=0.1))
     for site in "pqr":
         assert Counter(result[f"{site}{i:02d}"] for i in range(20)) == {"train": 14, "test": 4, "val": 2}
@@ -94,7 +111,7 @@ def test_site_holds_sites_out_and_draws_val_from_the_rest() -> None:
     assert Counter(result.values()) == {"train": 18, "test": 10, "val": 2}
     named = split_scenes(scenes, SplitConfig(rule="site", test_sites=("q",), val_sites=("r",)))
     assert Counter(named.values()) == {"train": 10, "test": 10, "val": 10}
-    with pytest.raises(DataError, match='split.test_sites = "zz" is unknown'):
+    with pytest.raises(DataError, match=r'split.test_sites = "zz" is unknown'):
         split_scenes(scenes, SplitConfig(rule="site", test_sites=("zz",)))
 
 
@@ -103,7 +120,7 @@ def test_a_group_that_the_column_tears_apart_leaves_training() -> None:
     assert split_scenes(scenes, SplitConfig(rule="column")) == {"a": "test", "b": "test", "c": "train"}
     leaky = SplitConfig(rule="column", allow_leakage=True)
     assert split_scenes(scenes, leaky) == {"a": "train", "b": "test", "c": "train"}
-    with pytest.raises(DataError, match='scene a: split = "tran" is unknown.*Did you mean "train"'):
+    with pytest.raises(DataError, match=r'scene a: split = "tran" is unknown.*Did you mean "train"'):
         split_scenes([square("a", 0, 0, split="tran")], SplitConfig(rule="column"))
 
 

@@ -65,9 +65,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def small_config(
-    training: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **more: Any
-) -> RunConfig:
+def small_config(training: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **more: Any) -> RunConfig:
     """A sweep of the smallest model on the smallest data, with changed training or RoI values."""
     trained = {**TRAINING, **(training or {})}
     return RunConfig.model_validate(

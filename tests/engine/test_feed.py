@@ -27,7 +27,9 @@ def test_seeds_tell_their_parts_apart() -> None:
 
 
 @pytest.mark.parametrize(("samples", "processes"), [(10, 1), (10, 3), (13, 4), (1, 3)])
-def test_every_chip_is_taken_once_an_epoch_and_weights_make_the_mean_one_over_chips(samples: int, processes: int) -> None:
+def test_every_chip_is_taken_once_an_epoch_and_weights_make_the_mean_one_over_chips(
+    samples: int, processes: int
+) -> None:
     plans = [list(plan_steps(samples, CONFIG, 0, (1, 0), rank, processes)) for rank in range(processes)]
     assert {len(plan) for plan in plans} == {3 * steps_per_epoch(samples, 4)}
     for together in zip(*plans, strict=True):
@@ -64,7 +66,9 @@ def test_a_chip_is_changed_anew_in_every_epoch(dataset: ShardDataset) -> None:
     config = small_config({"batch_size": len(dataset)}).pretrain
     first, second = batches(dataset, config, 3, plan_steps(len(dataset), config, 3, (1, 0)))
     places = {row: place for place, row in enumerate(second.step.rows)}
-    same = [torch.equal(first.images["rgb"][n], second.images["rgb"][places[row]]) for n, row in enumerate(first.step.rows)]
+    same = [
+        torch.equal(first.images["rgb"][n], second.images["rgb"][places[row]]) for n, row in enumerate(first.step.rows)
+    ]
     assert not any(same)
 
 

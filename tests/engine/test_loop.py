@@ -221,4 +221,4 @@ def test_lost_metrics_do_not_lose_the_training(paths: RunPaths, train: Train) ->
     with pytest.warns(UserWarning, match="rows are lost"):
         results = train(cell)
     assert results["resumed"] == 1
-    assert [row["step"] for row in read_lines(paths.cell(cell.id).metrics)][0] == 6
+    assert next(row["step"] for row in read_lines(paths.cell(cell.id).metrics)) == 6

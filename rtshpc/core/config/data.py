@@ -17,7 +17,9 @@ class GeneratedConfig(Section):
     size_px: int = doc("side of a scene, px", 256, ge=32, le=20_000)
     resolution_m: float = doc("ground size of a pixel, m", 4.0, gt=0)
     slumps_per_scene: tuple[int, int] = doc("fewest and most slumps in a scene", (1, 4))
-    slump_px: tuple[float, float] = doc("smallest and largest slump, px; real areas outside are drawn again", (100, 1500))
+    slump_px: tuple[float, float] = doc(
+        "smallest and largest slump, px; real areas outside are drawn again", (100, 1500)
+    )
     contrast: float = doc("visibility of slumps, 1 = clear", 1.0, gt=0, le=2)
     rgb_confusers: int = doc("bare patches a scene that look like slumps in RGB alone", 2, ge=0)
     touching: float = doc("chance that a slump touches another", 0.1, ge=0, le=1)
@@ -114,7 +116,9 @@ class ChipConfig(Section):
 class SplitConfig(Section):
     """Which chips train, which pick the best epoch, which are scored. Overlapping scenes stay together."""
 
-    rule: Literal["column", "site", "stratified"] = doc("by index column, sites held out, or inside sites", "stratified")
+    rule: Literal["column", "site", "stratified"] = doc(
+        "by index column, sites held out, or inside sites", "stratified"
+    )
     test_sites: tuple[str, ...] = doc("for rule site: sites of the test split", ())
     val_sites: tuple[str, ...] = doc("for rule site: sites of the val split; empty = val_fraction of train", ())
     test_fraction: float = doc("for rule stratified: share of every site's scenes", 0.16, ge=0, lt=1)

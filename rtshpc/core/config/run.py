@@ -31,7 +31,9 @@ class TrainConfig(Section):
     learning_rate: float = doc("at reference_batch; scaled linearly with batch_size", 1.6e-4, gt=0)
     reference_batch: int = doc("batch that learning_rate is meant for", 64, ge=1)
     schedule: Literal["steps", "cosine"] = doc("decay after warm-up", "steps")
-    steps: tuple[float, ...] = doc("for schedule steps: shares of the training at which the rate falls tenfold", (0.77, 0.92))
+    steps: tuple[float, ...] = doc(
+        "for schedule steps: shares of the training at which the rate falls tenfold", (0.77, 0.92)
+    )
     warmup_steps: int = doc("optimizer steps of linear warm-up", 250, ge=0)
     weight_decay: float = doc("of AdamW; none on norms, biases of norms and relative positions", 0.1, ge=0)
     clip_norm: float = doc("gradients are clipped to this norm; 0 = not", 1.0, ge=0)
@@ -50,8 +52,12 @@ class FinetuneConfig(TrainConfig):
 
     modalities: tuple[str, ...] = doc("fused modalities", ("rgb", "ndvi"), min_length=1)
     primary: str = doc("modality that queries the others", "rgb")
-    backbones: Literal["pretrained", "full"] = doc("pretrained: frozen after pretraining; full: all trains", "pretrained")
-    heads: Literal["primary", "none"] = doc("start pyramid and heads from the primary's pretraining, or anew", "primary")
+    backbones: Literal["pretrained", "full"] = doc(
+        "pretrained: frozen after pretraining; full: all trains", "pretrained"
+    )
+    heads: Literal["primary", "none"] = doc(
+        "start pyramid and heads from the primary's pretraining, or anew", "primary"
+    )
 
 
 class PretrainConfig(TrainConfig):
