@@ -159,13 +159,19 @@ def naive(folder: Path, out: Path) -> None:
 SIDES: dict[str, Callable[[Path, Path], None]] = {"limit": decode, "writer": write, "whole": whole, "naive": naive}
 
 
-def back_memory(size: int) -> None:
-    """Touch and free `size` bytes, so that the next run finds memory that the host has given already.
+def back_memory(folder: Path, size: int) -> None:
+    """Write and remove files of `size` bytes, so that the next run finds page cache that the host has given already.
 
     A virtual machine gets its pages from the host at their first touch, and hands back those that lie free for
     seconds; writing a byte to such a page costs ten times the copy, and whoever comes first would pay for all.
     """
-    np.empty(size, dtype=np.uint8)[::4096] = 1
+    block = np.ones(4 << 20, dtype=np.uint8)
+    for _ in range(3):
+        scratch = folder / "scratch"
+        with scratch.open("wb") as file:
+            for _ in range(-(-size // len(block))):
+                file.write(block)
+        scratch.unlink()
 
 
 def measure(folder: Path, work: Path, repeats: int) -> dict[str, dict[str, float]]:
@@ -178,7 +184,7 @@ def measure(folder: Path, work: Path, repeats: int) -> dict[str, dict[str, float
         for side, run in SIDES.items():
             out = work / "out"
             out.mkdir()
-            back_memory(2 * size + (256 << 20))
+            back_memory(work, int(1.3 * size) + (64 << 20))
             start = time.process_time(), time.perf_counter()
             run(folder, out)
             cpu[side].append(time.process_time() - start[0])

@@ -12,7 +12,16 @@ from pycocotools import mask as coder
 from rtshpc.core.config import DataConfig
 from rtshpc.core.paths import RunPaths
 from rtshpc.data.reader import ShardDataset
-from rtshpc.engine.predict import boxes_of_masks, coco_predictions, components, decode, encode, image_result, outlines, predict
+from rtshpc.engine.predict import (
+    boxes_of_masks,
+    coco_predictions,
+    components,
+    decode,
+    encode,
+    image_result,
+    outlines,
+    predict,
+)
 from rtshpc.engine.scoring import score
 from rtshpc.model.detections import Detections
 from rtshpc.model.detector import build_detector

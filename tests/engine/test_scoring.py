@@ -44,7 +44,9 @@ def _random_images(count: int = 12) -> list[ImageResult]:
     random = np.random.default_rng(5)
     images = []
     for number in range(count):
-        places = [(random.uniform(8, 56), random.uniform(8, 56), random.uniform(3, 9)) for _ in range(random.integers(0, 5))]
+        places = [
+            (random.uniform(8, 56), random.uniform(8, 56), random.uniform(3, 9)) for _ in range(random.integers(0, 5))
+        ]
         truth = [_disc(*place) for place in places]
         found = [_disc(y + random.normal(0, 1.5), x + random.normal(0, 1.5), r + random.normal()) for y, x, r in places]
         found += [_disc(*random.uniform(8, 56, 2), 4) for _ in range(2)]
