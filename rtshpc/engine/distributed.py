@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -174,15 +174,29 @@ def run_group(work: Work, processes: int, device: str, arguments: tuple[Any, ...
             except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
                 if stopped():
                     raise Preempted(128 + stopped()) from None
-                raise RunError(f"a process of the training failed: {_last_line(error)}") from error
+                reason = _first_cause(Path(folder), [process.exitcode for process in started.processes], error)
+                raise RunError(f"a process of the training failed: {reason}") from error
         if not result.exists():
             raise Preempted(128 + (stopped() or signal.SIGTERM))
         return torch.load(result, weights_only=True)
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _first_cause(folder: Path, exit_codes: Sequence[int | None], error: Exception) -> str:
+    """Why the first process ended: the others only lost their connection to it, and may be noticed before."""
+    if -signal.SIGKILL in exit_codes:
+        rank = exit_codes.index(-signal.SIGKILL)
+        return f"process {rank} was killed (SIGKILL), by the memory limit or by hand"
+    if (folder / "failed").exists():
+        return (folder / "failed").read_text()
+    return str(error).strip().splitlines()[-1]
+
+
+def _note_failure(folder: Path, rank: int, error: Exception) -> None:
+    """Leave `error` for the parent where no other process failed before; linked, so never read half written."""
+    own = folder / f"failed-{rank}"
+    own.write_text(f"{type(error).__name__}: {error}")
+    with suppress(FileExistsError):
+        os.link(own, folder / "failed")
 
 
 def _die_with_parent() -> None:
@@ -208,5 +222,8 @@ def _enter(rank: int, work: Work, size: int, device: str, folder: str, arguments
         dist.barrier()
     except Preempted:
         return
+    except Exception as error:
+        _note_failure(Path(folder), rank, error)
+        raise
     finally:
         dist.destroy_process_group()

@@ -72,7 +72,7 @@ def _memory(records: Sequence[Record]) -> Table:
         peak = row.get("allocator_peak_bytes" if on_gpu else "rss_peak_bytes")
         figures = [row.get(f"{name}_bytes") for name in names[:4]]
         source = "CUDA allocator" if on_gpu else "process (RSS)"
-        table.add_row(record.label, *(number(one, MIB) for one in (*figures, peak)), source)
+        table.add_row(record.label.removeprefix("measure "), *(number(one, MIB) for one in (*figures, peak)), source)
     return table
 
 

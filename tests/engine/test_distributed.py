@@ -30,6 +30,12 @@ def _failing(group: Group) -> None:
     group.any(1)
 
 
+def _killed(group: Group) -> None:
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.any(1)
+
+
 def _stopping(group: Group) -> None:
     with stop_requests() as stopped:
         if group.rank == 0:
@@ -70,6 +76,12 @@ def test_two_processes_sum_compare_and_gather() -> None:
 def test_a_failed_process_ends_the_others_and_is_quoted() -> None:
     with pytest.raises(RunError, match="no room for a second"):
         run_group(_failing, 2, "cpu", ())
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named() -> None:
+    with pytest.raises(RunError, match="process 1 was killed"):
+        run_group(_killed, 2, "cpu", ())
 
 
 @pytest.mark.slow

@@ -32,11 +32,11 @@ def test_a_chip_that_is_ignored_throughout_gives_finite_losses(build, images, ta
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(bool(v.isfinite()) for v in losses.values())
-    assert float(losses["loss_rpn_cls"]) == 0 and float(losses["loss_cls_stage0"]) == 0
+    assert losses["loss_rpn_cls"].item() == 0 and losses["loss_cls_stage0"].item() == 0
 
 
 def test_an_empty_ignore_region_changes_nothing(build, images, target) -> None:
     plain = build({"rgb": 3})(images(rgb=3), [target((4, 6, 30, 40))] * 2, [1, 2])
     truth = target((4, 6, 30, 40), ignored=1)
     tiny = build({"rgb": 3})(images(rgb=3), [truth] * 2, [1, 2])
-    assert {k: float(v) for k, v in plain.items()} == {k: float(v) for k, v in tiny.items()}
+    assert {k: v.item() for k, v in plain.items()} == {k: v.item() for k, v in tiny.items()}
