@@ -15,7 +15,7 @@ from rasterio.transform import from_origin
 from rtshpc.core.cell import Cell
 from rtshpc.core.config import DataConfig, FinetuneConfig, GeneratedConfig, ModelConfig, RunConfig, ScenesConfig
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import SILENT
+from rtshpc.core.records import SILENT
 from rtshpc.data.synthetic import draw, draw_block
 from rtshpc.stages import preprocess
 

@@ -32,8 +32,7 @@ from torchgeo.datasets import RasterDataset
 
 from rtshpc.core.cell import RESULT_VERSION
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import SILENT
-from rtshpc.core.records import Record, write_record
+from rtshpc.core.records import SILENT, Record, write_record
 from rtshpc.data.reader import ShardDataset
 from rtshpc.data.sample import collate
 from rtshpc.stages import gather

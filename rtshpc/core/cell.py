@@ -9,13 +9,14 @@ from typing import Any
 from rtshpc.core.config import RunConfig
 from rtshpc.core.config.section import Section, doc
 
-STAGES = ("preprocess", "gather", "pretrain", "finetune", "evaluate", "measure", "summarise")
+STAGES = ("preprocess", "gather", "pretrain", "features", "finetune", "evaluate", "measure", "summarise")
 """Stages in the order they run."""
 
 RESULT_VERSION = {
-    "preprocess": 1,
+    "preprocess": 2,
     "gather": 1,
     "pretrain": 1,
+    "features": 1,
     "finetune": 1,
     "evaluate": 1,
     "measure": 1,
@@ -34,6 +35,7 @@ class Cell(Section):
     tasks: int = doc("length of the stage's array (preprocess shares the scenes by it)", 1, ge=1)
     needs: tuple[str, ...] = doc("ids of the cells it builds on, in order", ())
     backbones: dict[str, str] = doc("modality -> id of the pretrain cell its backbone comes from", {})
+    features: dict[str, str] = doc("modality -> id of the features cell its scales come from; empty = live", {})
     modalities: tuple[str, ...] = doc("modalities of the detector, the primary first", ())
     arm: str = doc("unimodal, pretrained (frozen backbones) or full", "unimodal")
     varied: dict[str, Any] = doc("grid values of this cell", {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -55,3 +57,17 @@ def guess(value: str, known: Iterable[str]) -> str:
 def unknown(place: str, value: str, known: Iterable[str]) -> str:
     """`PLACE = "VALUE" is unknown. Known: ... Did you mean ...?`, the house's sentence for a wrong name."""
     return f'{place} = "{value}" is unknown.{guess(value, known)}'
+
+
+def system_sentence(error: OSError) -> str:
+    """`FILE: No space left on device`, the house's sentence for what the machine refused."""
+    why = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {why}" if error.filename else why
+
+
+def drop_lost_output() -> None:
+    """Let go of what standard output cannot take (a full disk), so that Python does not fail on it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

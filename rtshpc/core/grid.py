@@ -13,17 +13,19 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from rtshpc.core.cell import RESULT_VERSION, STAGES, Cell, digest
-from rtshpc.core.config import FinetuneConfig, RunConfig
+from rtshpc.core.config import FinetuneConfig, FusionConfig, RunConfig
 from rtshpc.core.config.explain import explain, fields_at, show
 from rtshpc.core.errors import ConfigError, guess
+from rtshpc.core.features import hashed_scales, scales_there
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Record, read_json, read_record
+from rtshpc.core.records import Record, read_record, shards_indexed
 
-VARIABLE = ("finetune", "model.fusion", "seed")
-"""What a grid may vary: sections or keys of the sweep that only fine-tuning depends on."""
+VARIABLE = ("finetune", "model", "seed")
+"""What a grid may vary; with `model` (names of configs) or a key of it, every detector is pretrained of its own."""
 
-UNHASHED_TRAINING = {"workers", "device", "checkpoint_seconds", "modalities", "primary", "backbones", "heads"}
-"""Keys of a training that never change its result, or that are hashed as the cell's modalities and arm."""
+_STARTS = {"init", "init_sha256"}
+UNHASHED_TRAINING = {"workers", "device", "checkpoint_seconds", "modalities", "primary", "backbones", "heads", *_STARTS}
+"""Keys of a training that never change its result, or that are hashed under another name (modalities, arm, init)."""
 
 
 class GridError(ConfigError):
@@ -50,8 +52,35 @@ def combinations(config: RunConfig) -> list[tuple[dict[str, Any], RunConfig]]:
     found: list[tuple[dict[str, Any], RunConfig]] = []
     for values in itertools.product(*config.grid.values()):
         varied = dict(zip(config.grid, values, strict=True))
-        found.append((varied, _with_values(base, varied)))
+        variant = _settled(_with_values(base, varied))
+        if "model" in varied:
+            varied["model"] = variant.model.name
+        if variant.model.fusion.early:
+            settled = {"finetune.backbones": "full", "model.fusion.residual": False}
+            varied |= {key: value for key, value in settled.items() if key in varied}
+        found.append((varied, variant))
     return found
+
+
+def _of_detector(plain: RunConfig, varied: Mapping[str, Any], variant: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
+    """The sweep with the variant's detector but its own fusion: what is pretrained and measured; and what it varies."""
+    told = {key: value for key, value in varied.items() if key.startswith("model") and ".fusion." not in key}
+    if not told:
+        return plain, told
+    model = variant.model.model_copy(update={"fusion": plain.model.fusion})
+    return plain.model_copy(update={"model": model}), told
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """Early fusion has one form: one backbone of its own, so none is pretrained or frozen, and no residual.
+
+    Combinations of a grid that differ in these alone become one cell.
+    """
+    if not config.model.fusion.early:
+        return config
+    model = config.model.model_copy(update={"fusion": FusionConfig(mixer="early", residual=False)})
+    finetune = config.finetune.model_copy(update={"backbones": "full"})
+    return config.model_copy(update={"model": model, "finetune": finetune})
 
 
 def cells(config: RunConfig, fingerprint: str) -> list[Cell]:
@@ -64,20 +93,28 @@ def cells(config: RunConfig, fingerprint: str) -> list[Cell]:
     Raises:
         GridError: see `combinations`.
     """
-    variants = combinations(config)
-    plain = config.model_copy(update={"grid": {}})
+    combos = combinations(config)
+    plain = _settled(config.model_copy(update={"grid": {}}))
     shards = _shard_cells(plain, fingerprint)
     gather = shards[-1]
-    pretrained = {
-        modality: _pretrain_cell(plain, modality, gather) for modality in _pretrained_modalities(plain, variants)
-    }
-    tuned = [_finetune_cell(variant, varied, gather, pretrained) for varied, variant in variants]
-    trained = [*pretrained.values(), *_unique(tuned)]
+    names = _pretrained_modalities(plain, combos)
+    detectors = [_of_detector(plain, varied, variant) for varied, variant in combos]
+    trained: list[Cell] = []
+    tuned: list[Cell] = []
+    cached: list[Cell] = []
+    for (varied, variant), (one, told) in zip(combos, detectors, strict=True):
+        pretrained = {name: _pretrain_cell(one, name, gather, told) for name in names}
+        features = _features_cells(variant, gather, pretrained)
+        trained += pretrained.values()
+        cached += features.values()
+        tuned.append(_finetune_cell(variant, varied, gather, pretrained, features))
+    trained = _unique([*trained, *tuned])
     found = [
         *shards,
+        *cached,
         *trained,
         *(_evaluate_cell(cell, gather) for cell in trained),
-        *_measure_cells(plain, trained, fingerprint),
+        *(cell for one, told in detectors for cell in _measure_cells(one, tuned, fingerprint, told)),
         _summarise_cell(plain, fingerprint),
     ]
     return _numbered(_unique(found))
@@ -103,15 +140,13 @@ def _files_there(cell: Cell, record: Record, paths: RunPaths) -> bool:
         files = [(paths.shards / str(shard["file"]), shard.get("bytes")) for shard in shards]
         return all(file.is_file() and size in (None, file.stat().st_size) for file, size in files)
     if cell.stage == "gather":
-        index = read_json(paths.index)
-        if not isinstance(index, dict) or not paths.rejected.is_file():
-            return False
-        names = cast(dict[str, Any], cast(dict[str, Any], index).get("shards", {}))
-        return all((paths.shards / name).is_file() for name in names)
+        return shards_indexed(paths.index, paths.rejected)
+    if cell.stage == "features":
+        return scales_there(cell, record, paths)
     if cell.stage in ("pretrain", "finetune"):
-        checkpoint = str(record.results.get("checkpoint") or "")
-        folder = paths.cell(cell.id).root
-        return any((root / checkpoint).is_file() for root in (folder, folder / "checkpoints", paths.root))
+        name, size = str(record.results.get("checkpoint") or ""), record.results.get("checkpoint_bytes")
+        file = paths.cell(cell.id).root / name
+        return file.is_file() and size in (None, file.stat().st_size)
     return True
 
 
@@ -124,17 +159,17 @@ def _check_key(key: str) -> None:
         names = [f"{section}.{name}".lstrip(".") for name in known or ()] or list(VARIABLE)
         raise GridError(key, f'grid = "{key}" is no key of a sweep.{guess(key, names)}')
     if not any(key == root or key.startswith(f"{root}.") for root in VARIABLE) or key == "finetune":
-        allowed = "finetune.*, model.fusion.*, seed"
+        allowed = "finetune.*, model, model.*, seed"
         raise GridError(key, f'grid = "{key}" cannot be varied by a grid. Known: {allowed}.')
 
 
 def _with_values(base: Mapping[str, Any], varied: Mapping[str, Any]) -> RunConfig:
     values = dict(base)
-    for key, value in varied.items():
+    for key, value in sorted(varied.items(), key=lambda item: item[0].count(".")):  # `model` before keys of it
         *sections, last = key.split(".")
         inner = values
         for section in sections:
-            inner[section] = dict(inner[section])
+            inner[section] = dict(inner.get(section, {}))
             inner = inner[section]
         inner[last] = value
     try:
@@ -191,10 +226,11 @@ def _shard_cells(config: RunConfig, fingerprint: str) -> list[Cell]:
     return [*parts, _cell("gather", made_by, "gather", config, needs=needs, data_fingerprint=fingerprint)]
 
 
-def _pretrain_cell(config: RunConfig, modality: str, gather: Cell) -> Cell:
+def _pretrain_cell(config: RunConfig, modality: str, gather: Cell, varied: Mapping[str, Any]) -> Cell:
     hashed = {
         "model": _hashed_model(config, (modality,)),
         "training": config.pretrain.model_dump(mode="json", exclude=UNHASHED_TRAINING),
+        **({"init": config.pretrain.init_sha256} if config.pretrain.init_sha256 else {}),
         "seed": config.seed,
         "modalities": [modality],
         "needs": [gather.id],
@@ -202,7 +238,7 @@ def _pretrain_cell(config: RunConfig, modality: str, gather: Cell) -> Cell:
     return _cell(
         "pretrain",
         hashed,
-        f"pretrain {modality}",
+        " ".join([f"pretrain {modality}", *_told(varied)]),
         config,
         needs=(gather.id,),
         modalities=(modality,),
@@ -211,16 +247,36 @@ def _pretrain_cell(config: RunConfig, modality: str, gather: Cell) -> Cell:
     )
 
 
-def _finetune_cell(config: RunConfig, varied: dict[str, Any], gather: Cell, pretrained: Mapping[str, Cell]) -> Cell:
+def _features_cells(config: RunConfig, gather: Cell, pretrained: Mapping[str, Cell]) -> dict[str, Cell]:
+    """Modality -> the cell that stores its frozen backbone's scales; none where backbones run in every step."""
+    found: dict[str, Cell] = {}
+    for modality in config.finetune.modalities if config.finetune.cached else ():
+        source = pretrained[modality]
+        fields: dict[str, Any] = {"needs": (gather.id, source.id), "backbones": {modality: source.id}}
+        fields |= {"modalities": (modality,), "arm": "pretrained", "data_fingerprint": gather.data_fingerprint}
+        hashed, told = hashed_scales(config)
+        label = f"{source.label.replace('pretrain', 'features', 1)} {told}"
+        found[modality] = _cell("features", {**hashed, "needs": fields["needs"]}, label, config, **fields)
+    return found
+
+
+def _finetune_cell(
+    config: RunConfig,
+    varied: dict[str, Any],
+    gather: Cell,
+    pretrained: Mapping[str, Cell],
+    features: Mapping[str, Cell],
+) -> Cell:
     """One grid combination; with full training nothing is loaded, so it needs the shards only."""
     tuning = config.finetune
     modalities = (tuning.primary, *(name for name in tuning.modalities if name != tuning.primary))
+    stored = {name: features[name].id for name in modalities if name in features}
     frozen = tuning.backbones == "pretrained"
     backbones = {name: pretrained[name].id for name in modalities} if frozen else {}
-    needs = (gather.id, *backbones.values())
+    needs = (gather.id, *backbones.values(), *stored.values())
     hashed = {
         "model": _hashed_model(config, modalities),
-        "training": tuning.model_dump(mode="json", exclude=UNHASHED_TRAINING),
+        "training": tuning.model_dump(mode="json", exclude=UNHASHED_TRAINING | {"features", "features_dtype"}),
         "heads": tuning.heads if frozen else "none",
         "seed": config.seed,
         "modalities": modalities,
@@ -234,6 +290,7 @@ def _finetune_cell(config: RunConfig, varied: dict[str, Any], gather: Cell, pret
         config,
         needs=needs,
         backbones=backbones,
+        features=stored,
         modalities=modalities,
         arm=tuning.backbones,
         varied=varied,
@@ -245,12 +302,17 @@ def _finetune_label(config: RunConfig, modalities: Sequence[str], varied: Mappin
     """E.g. `finetune rgb+ndvi cross residual pretrained`, then what else the grid varies."""
     words = ["finetune", "+".join(modalities)]
     if len(modalities) > 1:
-        words += [config.model.fusion.mixer, "residual" if config.model.fusion.residual else "plain"]
+        fusion = config.model.fusion
+        words += ["early"] if fusion.early else [fusion.mixer, "residual" if fusion.residual else "plain"]
     words.append(config.finetune.backbones)
     told = {"model.fusion.mixer", "model.fusion.residual"}
     told |= {f"finetune.{name}" for name in FinetuneConfig.model_fields if name in UNHASHED_TRAINING - {"heads"}}
-    words += [f"{key.split('.')[-1]}={show(value)}" for key, value in varied.items() if key not in told]
-    return " ".join(words)
+    return " ".join([*words, *_told({key: value for key, value in varied.items() if key not in told})])
+
+
+def _told(varied: Mapping[str, Any]) -> list[str]:
+    """What a label says of grid values, e.g. `epochs=3`."""
+    return [f"{key.split('.')[-1]}={show(value)}" for key, value in varied.items()]
 
 
 def _evaluate_cell(trained: Cell, gather: Cell) -> Cell:
@@ -270,13 +332,14 @@ def _evaluate_cell(trained: Cell, gather: Cell) -> Cell:
     )
 
 
-def _measure_cells(config: RunConfig, trained: Sequence[Cell], fingerprint: str) -> list[Cell]:
+def _measure_cells(config: RunConfig, tuned: Sequence[Cell], fingerprint: str, varied: Mapping[str, Any]) -> list[Cell]:
     """Memory per (modality set, arm): the sets asked for, else the primary alone and the fused sets."""
     asked = [tuple(modalities) for modalities in config.measure.modality_sets]
-    fused = [cell.modalities for cell in trained if cell.stage == "finetune"]
+    fused = [cell.modalities for cell in tuned]
     found: list[Cell] = []
     for modalities in dict.fromkeys(asked or [(config.finetune.primary,), *fused]):
-        for arm in config.measure.arms if len(modalities) > 1 else ("unimodal",):
+        arms = ("full",) if config.model.fusion.early else config.measure.arms
+        for arm in arms if len(modalities) > 1 else ("unimodal",):
             hashed = {
                 "model": _hashed_model(config, modalities),
                 "measure": config.measure.model_dump(mode="json", exclude={"modality_sets", "arms"}),
@@ -286,9 +349,9 @@ def _measure_cells(config: RunConfig, trained: Sequence[Cell], fingerprint: str)
                 "modalities": modalities,
                 "arm": arm,
             }
-            label = f"measure {'+'.join(modalities)}" + (f" {arm}" if len(modalities) > 1 else "")
+            words = ["measure", "+".join(modalities), *([arm] if len(modalities) > 1 else []), *_told(varied)]
             fields: dict[str, Any] = {"modalities": modalities, "arm": arm, "data_fingerprint": fingerprint}
-            found.append(_cell("measure", hashed, label, config, **fields))
+            found.append(_cell("measure", hashed, " ".join(words), config, **fields))
     return found
 
 

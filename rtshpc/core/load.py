@@ -159,21 +159,30 @@ def find_config(kind: str, name_or_path: str, place: str = "") -> Path:
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """One YAML document by the safe loader, duplicate keys refused.
+    """One YAML document by the safe loader, duplicate keys refused, every key as text.
 
     Raises:
         ConfigError: not YAML; the line is named.
     """
-    loader = _UniqueKeyLoader(text)
     try:
-        return loader.get_single_data()
+        return _text_keys(_UniqueKeyLoader(text).get_single_data())
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         raise ConfigError(f"{place}{line}: not valid YAML: {' '.join(str(error.problem).split())}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except RecursionError:
+        raise ConfigError(f"{place}: not valid YAML: nested without end") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ConfigError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()  # pyright: ignore[reportUnknownMemberType]
+
+
+def _text_keys(value: Any) -> Any:
+    """`value` with the keys of its mappings as text: YAML takes `1` for a number and `on` for true."""
+    if isinstance(value, dict):
+        mapping = cast(dict[Any, Any], value)
+        return {key if isinstance(key, str) else show(key): _text_keys(item) for key, item in mapping.items()}
+    if isinstance(value, list):
+        return [_text_keys(item) for item in cast(list[Any], value)]
+    return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -191,14 +200,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _mapping(parse_yaml(text, _shown(path)), _shown(path))
 
 
-def load_run(name_or_path: str | Path, sets: Sequence[str] = ()) -> RunConfig:
+def load_run(name_or_path: str | Path, sets: Sequence[str] = (), site: str | None = None) -> RunConfig:
     """A sweep by name (`demo`) or path, with `--set` overrides such as `finetune.epochs=3`.
+
+    Args:
+        name_or_path: the sweep.
+        sets: overrides, in order.
+        site: name or path of a site, in place of the sweep's; `sets` go on top of it.
 
     Raises:
         ConfigError: one line; file (or `--set`), key, value, what is allowed, and a guess.
     """
     raw = _read("sweep", str(name_or_path))
     raw.values.pop(PROVENANCE, None)
+    if site is not None:
+        raw.assign(("site",), site, "--site")
     assignments = [parse_set(text) for text in sets]
     sections = ("data", "model", "site")
     whole = [key in {(name,) for name in sections} for key, _ in assignments]
@@ -210,6 +226,7 @@ def load_run(name_or_path: str | Path, sets: Sequence[str] = ()) -> RunConfig:
     for (key, value), names_file in zip(assignments, whole, strict=True):
         if not names_file:
             raw.assign(key, value, "--set")
+    _resolve_models_of_grid(raw)
     config = validate(raw, RunConfig)
     try:
         combinations(config)
@@ -243,6 +260,8 @@ def parse_set(text: str) -> tuple[Key, Any]:
     first, *rest = name.strip().split(".")
     if not equals or not all((first, *rest)):
         raise ConfigError(f"--set {text}: write it as key=value, e.g. finetune.epochs=12")
+    if not value.strip():
+        raise ConfigError(f"--set {text}: gives no value; write {name.strip()}=null to take the key away")
     if first == "grid" and rest:
         rest = [".".join(rest)]
     return (first, *rest), parse_yaml(value, f"--set {name}")
@@ -323,12 +342,26 @@ def _resolve_section(raw: Raw, name: str) -> None:
     raw.origins.update(section.origins)
 
 
+def _resolve_models_of_grid(raw: Raw) -> None:
+    """Replace names in `grid: {model: [NAME, ...]}` by the models themselves."""
+    grid = raw.values.get("grid")
+    names = cast(dict[str, Any], grid).get("model") if isinstance(grid, dict) else None
+    if not isinstance(names, list):
+        return
+    place, key = raw.locate(("grid", "model"))
+    spelled = f"{place}: {'.'.join(key)}"
+    raw.values["grid"]["model"] = [
+        _read("model", name, f"{spelled}: ").values if isinstance(name, str) else name
+        for name in cast(list[Any], names)
+    ]
+
+
 def _mapping(value: Any, place: str) -> dict[str, Any]:
     if value is None:
         raise ConfigError(f"{place}: is empty")
     if not isinstance(value, dict):
         raise ConfigError(f"{place}: must be a mapping of keys to values, found {show(value)}")
-    return {str(key): item for key, item in cast(dict[Any, Any], value).items()}
+    return cast(dict[str, Any], value)
 
 
 def _text(value: Any, place: str) -> str:

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from rtshpc.core.errors import RunError
+
 
 @dataclass(frozen=True)
 class CellPaths:
@@ -50,7 +52,7 @@ class CellPaths:
 
     @property
     def journal(self) -> Path:
-        """Preprocess: shards that are whole, so that a task killed after them goes on behind them."""
+        """Preprocess and features: files that are whole, so that a task killed after them goes on behind them."""
         return self.root / "journal.jsonl"
 
     @property
@@ -66,6 +68,15 @@ class CellPaths:
     def best_checkpoint(self) -> Path:
         """Model of the epoch with the best validation AP50."""
         return self.checkpoints / "best.pt"
+
+    @property
+    def features(self) -> Path:
+        """Scales of frozen backbones; may be deleted once all that needs them is trained."""
+        return self.root / "features"
+
+    def feature_file(self, split: str, first: int) -> Path:
+        """The scales of the chips of a split from number `first` on."""
+        return self.features / f"{split}-{first:06d}.h5"
 
     @property
     def tensorboard(self) -> Path:
@@ -108,6 +119,11 @@ class RunPaths:
     def fingerprints(self) -> Path:
         """Hashes of the inputs, cached by size and time of change."""
         return self.root / "fingerprints.json"
+
+    @property
+    def weight_hashes(self) -> Path:
+        """SHA-256 of the weights that trainings start from, cached by size and time of change."""
+        return self.root / "weight_hashes.json"
 
     @property
     def logs(self) -> Path:
@@ -167,13 +183,26 @@ class RunPaths:
             make_private(folder)
 
 
+def write_alone() -> None:
+    """Let nobody but us write what this process and its children create, whatever the umask was."""
+    os.umask(os.umask(0o022) | 0o022)
+
+
 def make_private(folder: Path) -> Path:
     """Create `folder` (and parents) so that nobody but its owner can write in it.
 
     A pickle in a folder that others can write is code they can run as us.
+
+    Raises:
+        RunError: it is somebody else's and others can write in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mode = folder.stat().st_mode
-    if mode & 0o022 and os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-        folder.chmod(mode & 0o7755)
+    facts = folder.stat()
+    if facts.st_mode & 0o022:
+        if facts.st_uid != os.getuid():
+            raise RunError(
+                f"{folder}: belongs to user {facts.st_uid} and others can write in it; have its owner run"
+                " `chmod go-w` on it, or give another folder (--runs DIR)"
+            )
+        folder.chmod(facts.st_mode & 0o7755)
     return folder

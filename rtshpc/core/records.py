@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rtshpc.core.errors import RunError
 
 
 class Record(BaseModel):
@@ -46,6 +51,10 @@ def replacing(path: Path) -> Generator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        # A write that found the disk full does not say in which file.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,35 +80,72 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The JSON in `path`; None when it is absent or not whole."""
+    """The JSON in `path`; None when it is absent or not whole.
+
+    Raises:
+        RunError: it is there and cannot be read (a folder, no permission, ...).
+    """
+    content = _content(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return None if content is None else json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):
         return None
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Add one JSON object to a JSON-lines file and sync it; one `write` call, so lines never mix."""
-    line = json.dumps(value, sort_keys=True, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Add one JSON object to a JSON-lines file and sync it; lines of several processes never mix.
+
+    Behind a line that a kill tore, it starts a new one.
+
+    Raises:
+        OSError: it does not fit on the disk; the file is as it was.
+    """
+    line = (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        try:
+            fits = os.write(descriptor, line) == len(line)
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        if not fits:
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
 
-def read_lines(path: Path) -> list[Any]:
-    """The whole lines of a JSON-lines file; a torn last line (a kill in mid-write) is left out."""
-    if not path.exists():
-        return []
-    rows: list[Any] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a torn line (a kill in mid-write) and what is no object are left out.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    for line in (_content(path) or b"").decode("utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict):
+            rows.append(cast(dict[str, Any], row))
     return rows
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds, None when it is absent."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -116,3 +162,72 @@ def read_record(path: Path) -> Record | None:
         return Record.model_validate(value)
     except ValidationError:
         return None
+
+
+def shards_indexed(index: Path, rejected: Path) -> bool:
+    """Whether index.json names chips and shards, all of these are there, and rejected.json is a list."""
+    found: Any = read_json(index)
+    if not isinstance(found, dict) or not isinstance(read_json(rejected), list):
+        return False
+    facts = cast(dict[str, Any], found)
+    chips, shards = facts.get("chips"), facts.get("shards")
+    if not (isinstance(chips, list) and chips and isinstance(shards, dict) and shards):
+        return False
+    return all((index.parent / name).is_file() for name in cast(dict[str, Any], shards))
+
+
+class _PlannedCell(BaseModel):
+    id: str = Field(pattern=r"^\w+$")
+    stage: str
+    label: str
+    needs: list[str]
+
+
+class _PlannedStage(BaseModel):
+    stage: str
+
+
+class _PlanFile(BaseModel):
+    run: str
+    cells: list[_PlannedCell] = Field(min_length=1)
+    stages: list[_PlannedStage] = Field(min_length=1)
+
+
+def read_plan(path: Path) -> dict[str, Any] | None:
+    """plan.json of a run (`launch.plan.Plan.describe`); None when it is absent, torn or of another form.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
+    plan = read_json(path)
+    try:
+        _PlanFile.model_validate(plan)
+    except ValidationError:
+        return None
+    return cast(dict[str, Any], plan)
+
+
+class Progress:
+    """Writes `{phase, done, total, text}` to a cell's progress.json, at most twice a second.
+
+    A display reads it from another process. It is no result: it is renamed into place but not synced.
+    """
+
+    def __init__(self, path: Path | None, every_seconds: float = 0.5) -> None:
+        self._path = path
+        self._every = every_seconds
+        self._next = 0.0
+
+    def __call__(self, phase: str, done: int, total: int, text: str = "") -> None:
+        """Tell that `done` of `total` steps of `phase` are over; `text` is for people (e.g. `loss 0.41`)."""
+        now = time.monotonic()
+        if self._path is None or (now < self._next and done < total):
+            return
+        self._next = now + self._every
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text(json.dumps({"phase": phase, "done": done, "total": total, "text": text}))
+        temporary.replace(self._path)
+
+
+SILENT = Progress(None)
+"""Progress that nobody reads, for tests and library use."""

@@ -1,9 +1,10 @@
-"""Which scenes a data config names, and the fingerprint of their files. Standard library only."""
+"""Which scenes a data config names, and the fingerprints of input files. Standard library only."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ class Scene(Section):
     """One scene of a data set; paths are absolute or relative to the current folder."""
 
     id: str = doc("unique name")
-    image: str = doc("path of the GeoTIFF; empty = drawn by preprocess")
+    image: str = doc("path of the GeoTIFF; empty = the index gives none, which rejects the scene")
     label: str = doc("path of the label file; empty = none", "")
     files: dict[str, str] = doc("modality -> raster of its own", {})
     ignore_file: str = doc("polygons of which some are ignore regions; empty = none", "")
@@ -100,7 +101,7 @@ def _indexed(data: DataConfig) -> list[Scene]:
     kept = [row for row in rows if _matches(row, data.scenes.where)]
     if not kept:
         raise DataError(f"{path}: none of {len(rows)} rows matches scenes.where = {dict(data.scenes.where)}")
-    return [_from_row(data, row) for row in kept]
+    return [_from_row(data, row, number) for number, row in enumerate(kept, 1)]
 
 
 def _matches(row: Mapping[str, str], where: Mapping[str, str]) -> bool:
@@ -114,34 +115,42 @@ def _matches(row: Mapping[str, str], where: Mapping[str, str]) -> bool:
 def _read_index(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV, or the properties of a GeoJSON's features, as text."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such index; data.root is relative to the current folder") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: the index cannot be read ({error})") from None
     if path.suffix.lower() in (".json", ".geojson"):
         try:
             features = cast("list[dict[str, Any]]", json.loads(text)["features"])
-            tables = [cast("dict[str, Any]", feature.get("properties") or {}) for feature in features]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            tables = [dict(feature.get("properties") or {}) for feature in features]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(f"{path}: not a GeoJSON FeatureCollection") from None
     else:
-        reader = csv.DictReader(text.splitlines())
-        tables = [cast("dict[str, Any]", row) for row in reader]
-    return [{str(key): "" if value is None else str(value).strip() for key, value in table.items()} for table in tables]
+        try:
+            # The module looks for line ends itself: they may lie inside quotes.
+            tables = [cast("dict[str, Any]", row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+        except csv.Error as error:
+            raise DataError(f"{path}: the index is no CSV ({error})") from None
+    rows = [{str(key).strip(): _text(value) for key, value in table.items()} for table in tables]
+    # Spreadsheets end in rows of nothing.
+    return [row for row in rows if any(row.values())]
 
 
-def _from_row(data: DataConfig, row: Mapping[str, str]) -> Scene:
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _from_row(data: DataConfig, row: Mapping[str, str], number: int) -> Scene:
+    """The scene of a row; one without a name or an image has no image, which rejects it and no other."""
     columns = data.scenes.columns
 
     def value(column: str) -> str:
         return row.get(column, "") if column else ""
 
     name, image = value(columns.scene), value(columns.image)
-    if not name or not image:
-        raise DataError(
-            f"{data.scenes.index}: a row has no {columns.scene if not name else columns.image}: {dict(row)}"
-        )
+    if not name:
+        name, image = f"unnamed row {number}" + (f" ({image})" if image else ""), ""
     facts = {**row, "scene": name, "site": value(columns.site), "stem": Path(image).stem}
     return _scene(
         data, image, value(columns.label), facts, value(columns.date), value(columns.split), value(columns.group)
@@ -151,7 +160,10 @@ def _from_row(data: DataConfig, row: Mapping[str, str]) -> Scene:
 def _globbed(data: DataConfig) -> list[Scene]:
     root = Path(data.root)
     pattern = data.scenes.glob
-    found = sorted(path for path in root.glob(pattern) if path.suffix.lower() in RASTER_SUFFIXES and path.is_file())
+    try:
+        found = sorted(path for path in root.glob(pattern) if path.suffix.lower() in RASTER_SUFFIXES and path.is_file())
+    except (NotImplementedError, ValueError) as error:
+        raise ConfigError(f'scenes.glob = "{pattern}" is no pattern relative to data.root: {error}') from None
     if not found:
         raise DataError(
             f'{root}: scenes.glob = "{pattern}" matches no GeoTIFF; data.root is relative to the current folder'
@@ -209,7 +221,7 @@ def _scene(
         label_path = str(root / label) if label else ""
     return Scene(
         id=facts["scene"],
-        image=str(root / image),
+        image=str(root / image) if image else "",
         label=label_path,
         files=files,
         ignore_file=fill(data.labels.ignore_file, "labels.ignore_file"),
@@ -264,6 +276,28 @@ def data_fingerprint(data: DataConfig, scenes: Sequence[Scene], cache: Path | No
     return total.hexdigest()
 
 
+def weights_sha256(path: Path, cache: Path, remember: bool) -> str:
+    """SHA-256 of a file of weights.
+
+    Args:
+        path: the file.
+        cache: JSON file that remembers file -> (size, mtime, hash).
+        remember: write what was not known; else only read.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    stat, known, name = path.stat(), _cached(cache), str(path.absolute())
+    entry = known.get(name, {})
+    if entry.get("size") == stat.st_size and entry.get("mtime_ns") == stat.st_mtime_ns:
+        return str(entry["hash"])
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if remember:
+        write_json(cache, {**known, name: {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "hash": digest}})
+    return digest
+
+
 def _cached(cache: Path | None) -> dict[str, dict[str, Any]]:
     value: Any = read_json(cache) if cache is not None else None
     return cast("dict[str, dict[str, Any]]", value) if isinstance(value, dict) else {}
@@ -298,6 +332,6 @@ def _file_entry(path: Path, old: dict[str, Any] | None) -> dict[str, Any]:
             if stat.st_size > _END:
                 file.seek(max(_END, stat.st_size - _END))
                 ends += file.read(_END)
-    except OSError:
+    except (OSError, ValueError):
         return {"size": -1, "mtime_ns": 0, "hash": "absent"}
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "hash": hashlib.sha256(ends).hexdigest()}

@@ -67,6 +67,21 @@ def draw_geometry(config: AugmentConfig, random: np.random.Generator, square: bo
     )
 
 
+def variant_of(geometry: Geometry) -> int:
+    """Number in `core.features.VARIANTS` of a drawn geometry without zoom: two flips are half a turn."""
+    return 4 * (geometry.flip_x != geometry.flip_y) + (geometry.turns + 2 * geometry.flip_y) % 4
+
+
+def geometry_of(variant: int) -> Geometry:
+    """The geometry of a variant: at most one flip, then quarter turns."""
+    return Geometry(flip_x=variant >= 4, flip_y=False, turns=variant % 4, zoom=1.0, place=(0.0, 0.0))
+
+
+def drawn_variant(sample_id: str, config: AugmentConfig, seed: int, epoch: int) -> int:
+    """The variant that `augment` makes of a square chip, where it only flips and turns."""
+    return variant_of(draw_geometry(config, generator(seed, epoch, sample_id), square=True))
+
+
 def _with_geometry(sample: Sample, geometry: Geometry) -> Sample:
     def image(layers: Tensor) -> Tensor:
         return zoom(turn(layers, geometry), geometry, "bilinear")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pyproj.exceptions import ProjError
-from rasterio._err import CPLE_BaseError
-from rasterio.errors import RasterioError
 
 from rtshpc.core.config import ChipConfig, DataConfig
 from rtshpc.core.errors import SceneRejected
@@ -22,8 +18,11 @@ from rtshpc.data.sample import IGNORE_ID
 from rtshpc.data.shard import MOST_INSTANCES, Chip
 from rtshpc.geo.chips import ChipBox, chip_boxes
 from rtshpc.geo.instances import InstanceMap
-from rtshpc.geo.raster import Grid
+from rtshpc.geo.raster import Grid, rejecting
 from rtshpc.geo.scene import OpenScene, open_scene
+
+LARGEST = 1e100
+"""Greater values cannot be summed in squares over a data set, nor can anything measured be as large."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ def cut_scene(scene: Scene, data: DataConfig, facts: SceneFacts) -> Generator[Cu
     """Chips of `scene`, row by row; those without enough valid ground are left out, `facts` is filled in.
 
     Raises:
-        SceneRejected: by name and reason; `unreadable` for whatever the raster library fails on.
+        SceneRejected: by name and reason; `unreadable` for whatever the libraries fail on.
     """
-    with _rejecting(scene), open_scene(scene, data) as opened:
+    with rejecting(scene.id), open_scene(scene, data) as opened:
         grid = opened.grid
         facts.crs_wkt, facts.corners = grid.crs_wkt, corners_of(grid)
         facts.missing = sorted(opened.missing)
@@ -85,16 +84,6 @@ def cut_scene(scene: Scene, data: DataConfig, facts: SceneFacts) -> Generator[Cu
             if chip is not None:
                 yield chip
         facts.warnings = list(opened.warnings)
-
-
-@contextmanager
-def _rejecting(scene: Scene) -> Iterator[None]:
-    """Turn what the raster library fails on into a rejection of the scene."""
-    try:
-        yield
-    except (RasterioError, CPLE_BaseError, ProjError, OSError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise SceneRejected("unreadable", f"{scene.id}: {text}") from error
 
 
 def _cut(opened: OpenScene, instances: InstanceMap, box: ChipBox, data: DataConfig) -> CutChip | None:
@@ -118,6 +107,10 @@ def _cut(opened: OpenScene, instances: InstanceMap, box: ChipBox, data: DataConf
         modality: statistics_of(pixels, part.valid[modality]).scaled(*opened.scaling[modality])
         for modality, pixels in part.pixels.items()
     }
+    for modality, found in statistics.items():
+        if not _summable(found):
+            detail = f"{name}: {modality} holds values from {found.minimum.min():g} to {found.maximum.max():g}"
+            raise SceneRejected("bad_values", detail)
     return CutChip(
         Chip(name, scene.id, scene.site, chip_transform(opened.grid, box), opened.grid.crs_wkt),
         part.pixels,
@@ -128,6 +121,12 @@ def _cut(opened: OpenScene, instances: InstanceMap, box: ChipBox, data: DataConf
         statistics,
         fraction,
     )
+
+
+def _summable(found: Statistics) -> bool:
+    """Whether moments can be merged with others and written."""
+    values = np.stack((found.mean, found.m2, found.minimum, found.maximum))[:, found.count > 0]
+    return bool(np.isfinite(values).all() and (np.abs(values[[0, 2, 3]]) <= LARGEST).all())
 
 
 def kept_though_empty(name: str, config: ChipConfig) -> bool:

@@ -58,6 +58,10 @@ class Statistics:
 
     def scaled(self, scale: float, offset: float) -> Statistics:
         """Statistics of `x * scale + offset`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._scaled(scale, offset)
+
+    def _scaled(self, scale: float, offset: float) -> Statistics:
         low, high = self.minimum * scale + offset, self.maximum * scale + offset
         if scale < 0:
             low, high = high, low
@@ -101,7 +105,9 @@ def statistics_of(pixels: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> Sta
     count = int(valid.sum())
     if count == 0:
         return Statistics.empty(len(pixels))
-    rows = [_channel(channel, mask, valid) for channel in pixels]
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Moments that overflow are infinite; who writes them looks.
+        rows = [_channel(channel, mask, valid) for channel in pixels]
     mean, m2, low, high = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
     return Statistics(np.full(len(pixels), float(count)), mean, m2, low, high)
 

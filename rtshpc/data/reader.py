@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from rtshpc.core.config import AugmentConfig, DataConfig
 from rtshpc.core.errors import DataError, unknown
-from rtshpc.core.records import read_json
+from rtshpc.core.records import SILENT, Progress, read_json
 from rtshpc.data.augment import augment as augmented
 from rtshpc.data.normalise import normalise
 from rtshpc.data.sample import Sample, Target, target_of
@@ -165,6 +165,7 @@ class ShardDataset(Dataset[Sample]):
         augment: AugmentConfig | None = None,
         seed: int = 0,
         verify: bool = False,
+        images: bool = True,
     ) -> None:
         """Read the index; shards are opened when first needed.
 
@@ -176,6 +177,7 @@ class ShardDataset(Dataset[Sample]):
             augment: change the samples; None = as stored.
             seed: of the augmentation.
             verify: compare every record with its CRC-32.
+            images: give images; without, samples have labels and validity only.
 
         Raises:
             DataError: there is no index, or it lacks the split's name or a modality.
@@ -194,7 +196,7 @@ class ShardDataset(Dataset[Sample]):
         self.enlarge = data.chip.enlarge
         self.size_px = data.chip.size_px * data.chip.enlarge
         self._files = ShardFiles(index.parent)
-        self._augment, self._seed, self._verify = augment, seed, verify
+        self._augment, self._seed, self._verify, self._images = augment, seed, verify, images
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -261,10 +263,12 @@ class ShardDataset(Dataset[Sample]):
         valid: dict[str, Tensor] = {}
         for name in self.modalities:
             mask = np.unpackbits(record[name + VALID], axis=-1, count=size).view(np.bool_)
+            valid[name] = torch.from_numpy(mask)
+            if not self._images:
+                continue
             facts = self._index["modalities"][name]
             scale, offset = file.scaling[chip["row"], file.order[name]]
             images[name] = normalise(record[name], mask, (float(scale), float(offset)), facts["mean"], facts["std"])
-            valid[name] = torch.from_numpy(mask)
         target = target_of(torch.from_numpy(ids.astype(np.int32)), file.classes(chip["row"]).tolist())
         sample = Sample(
             id=chip["id"],
@@ -337,3 +341,21 @@ def verify_shards(index: Path) -> list[str]:
         for name, digest in sorted(wanted.items())
         if not (index.parent / name).is_file() or file_sha256(index.parent / name) != digest
     ]
+
+
+def require_whole_shards(index: Path, progress: Progress = SILENT) -> None:
+    """Compare every shard with its SHA-256; those that differ are removed, which makes their preprocess cell undone.
+
+    Raises:
+        DataError: some are missing or were altered.
+    """
+    progress("verify shards", 0, 1)
+    bad = verify_shards(index)
+    for name in bad:
+        (index.parent / name).unlink(missing_ok=True)
+    if bad:
+        raise DataError(
+            f"{index.parent}: not what preprocess wrote, so removed: {', '.join(bad)}; run the sweep again, or"
+            " `retry`, to cut them anew"
+        )
+    progress("verify shards", 1, 1)

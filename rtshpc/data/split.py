@@ -20,7 +20,7 @@ from rtshpc.core.errors import DataError, unknown
 
 OVERLAP_SHARE = 1e-5
 """Footprints that share more than this part of the smaller one overlap; less is rounding along a common edge."""
-_STEPS = 8
+_STEPS = 32
 _STRICTEST = ("test", "val", "train")
 
 
@@ -87,24 +87,39 @@ def _overlapping(scenes: Sequence[Footprint]) -> list[tuple[int, int]]:
     )
 
 
-def _on_one_plane(scenes: Sequence[Footprint]) -> list[shapely.Polygon]:
-    """Footprints in their common CRS, or in an equal-area plane about their middle where there are several."""
+def _on_one_plane(scenes: Sequence[Footprint]) -> list[shapely.Geometry]:
+    """Footprints in their common CRS where it is a plane, else in an equal-area plane about their middle."""
     rings = [_dense_ring(scene.corners) for scene in scenes]
-    texts = {scene.crs_wkt for scene in scenes}
-    if len(texts) == 1:
+    known = {text: CRS.from_wkt(text) for text in {scene.crs_wkt for scene in scenes}}
+    if len(known) == 1 and not _wraps(*known.values()):
         return [shapely.Polygon(ring) for ring in rings]
-    known = {text: CRS.from_wkt(text) for text in texts}
     degrees = [
         np.stack(Transformer.from_crs(known[s.crs_wkt], "EPSG:4326", always_xy=True).transform(*ring.T), axis=1)
         for s, ring in zip(scenes, rings, strict=True)
     ]
+    degrees = [ring[np.isfinite(ring).all(axis=1)] for ring in degrees]
     # The middle as a mean of directions: no trouble at the date line or the pole.
     lon, lat = np.radians(np.concatenate(degrees)).T
     x, y, z = (np.cos(lat) * np.cos(lon)).mean(), (np.cos(lat) * np.sin(lon)).mean(), np.sin(lat).mean()
     middle = (float(np.degrees(np.arctan2(z, np.hypot(x, y)))), float(np.degrees(np.arctan2(y, x))))
     plane = CRS.from_proj4(f"+proj=laea +lat_0={middle[0]:.6f} +lon_0={middle[1]:.6f} +datum=WGS84 +units=m")
     onto = Transformer.from_crs("EPSG:4326", plane, always_xy=True)
-    return [shapely.Polygon(np.stack(onto.transform(*ring.T), axis=1)) for ring in degrees]
+    return [_polygon(np.stack(onto.transform(ring[:, 0], ring[:, 1].clip(-90, 90)), axis=1)) for ring in degrees]
+
+
+def _wraps(crs: CRS) -> bool:
+    """Whether one place has several coordinates: degrees and maps on an upright cylinder repeat every 360 degrees."""
+    if not crs.is_projected:
+        return True
+    method = crs.coordinate_operation.method_name.lower() if crs.coordinate_operation else ""
+    upright = any(word in method for word in ("mercator", "cylindrical", "plate carr", "miller"))
+    return upright and not any(word in method for word in ("transverse", "oblique"))
+
+
+def _polygon(ring: np.ndarray) -> shapely.Geometry:
+    """The ground inside a ring, without the points that the plane cannot show."""
+    ring = ring[np.isfinite(ring).all(axis=1)]
+    return shapely.make_valid(shapely.Polygon(ring)) if len(ring) > 2 else shapely.Polygon()
 
 
 def _dense_ring(corners: Sequence[tuple[float, float]]) -> np.ndarray:

@@ -22,7 +22,6 @@ from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from rtshpc.core.config import GeneratedConfig
-from rtshpc.core.errors import DataError
 from rtshpc.core.records import replacing
 from rtshpc.data.shapes import Ground, Shape, draw_outline, place_beside
 
@@ -95,9 +94,6 @@ def draw_scene(config: GeneratedConfig, site: str, index: int, folder: Path) -> 
 
     Returns:
         Paths of the image and of the instances.
-
-    Raises:
-        DataError: `slumps_per_scene` is the wrong way round.
     """
     scene = draw(config, site, index)
     crs, transform = place_of(config, site, index)
@@ -139,15 +135,7 @@ def blocks(size: int, side: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def draw(config: GeneratedConfig, site: str, index: int) -> SceneDraw:
-    """Place the shapes and draw the noise lattices of one scene.
-
-    Raises:
-        DataError: `slumps_per_scene` or `slump_px` is the wrong way round.
-    """
-    for name in ("slumps_per_scene", "slump_px"):
-        low, high = getattr(config, name)
-        if low < 0 or high < low:
-            raise DataError(f"scenes.generated.{name} = [{low}, {high}] must rise from at least 0")
+    """Place the shapes and draw the noise lattices of one scene."""
     key = (config.seed, zlib.crc32(site.encode()), index)
     random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
     wedged = random.random() < config.nodata_fraction

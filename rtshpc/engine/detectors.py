@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.config import RunConfig
+from rtshpc.core.config.run import NO_FILE
 from rtshpc.core.errors import RunError
+from rtshpc.core.features import data_hash
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import read_record
+from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.engine import checkpoint
 from rtshpc.engine.feed import derive_seed
-from rtshpc.model.detector import Detector, build_detector
+from rtshpc.model.detector import Detector
+from rtshpc.model.engines import build
+from rtshpc.model.features import StoredScales
+from rtshpc.model.imports.fit import load_file
 from rtshpc.model.weights import load_backbone, load_heads, load_trainable
 
 
@@ -22,16 +29,40 @@ def channels_of(config: RunConfig, modalities: tuple[str, ...]) -> dict[str, int
     return {name: config.data.modalities[name].channels for name in modalities}
 
 
-def fresh(cell: Cell, paths: RunPaths | None = None) -> Detector:
+def fresh(cell: Cell, paths: RunPaths | None = None, cached: bool = False) -> Detector:
     """A detector of the cell's modalities with weights drawn from the run's seed alone.
 
     Args:
         cell: pretrain or finetune cell; the arm `pretrained` freezes the backbones.
         paths: not used; every way to a detector is called alike.
+        cached: leave the backbones out.
     """
     torch.manual_seed(derive_seed(cell.config.seed, "weights", *cell.modalities))
     channels = channels_of(cell.config, cell.modalities)
-    return build_detector(cell.config.model, channels, len(cell.config.data.classes), cell.arm == "pretrained")
+    return build(cell.config.model, channels, len(cell.config.data.classes), cell.arm == "pretrained", cached)
+
+
+def started(cell: Cell, paths: RunPaths) -> Detector:
+    """A fresh detector, then the weights of `pretrain.init` in it where the config names a file.
+
+    Full fine-tuning does not use this: it starts from fresh weights alone.
+
+    Raises:
+        RunError: the file is not the one that the cell's id speaks of.
+        WeightsError: it cannot be read or does not fit the detector.
+    """
+    detector, start = fresh(cell), cell.config.pretrain
+    if start.init == NO_FILE:
+        return detector
+    path = Path(start.init)
+    found = checkpoint.file_sha256(path) if path.is_file() else "none"
+    if found != start.init_sha256:
+        raise RunError(
+            f"{path}: SHA-256 {found[:12]}, but the run was planned with {start.init_sha256[:12]};"
+            " put that file back, or start the sweep anew"
+        )
+    load_file(detector, path)
+    return detector
 
 
 def on_backbones(cell: Cell, paths: RunPaths) -> Detector:
@@ -52,6 +83,41 @@ def on_backbones(cell: Cell, paths: RunPaths) -> Detector:
     return detector
 
 
+def on_features(cell: Cell, paths: RunPaths) -> Detector:
+    """As `on_backbones`, for a cell that trains on stored scales: the same trainable part, no backbones.
+
+    Raises:
+        RunError: the primary's pretrained checkpoint is not there, or is not the one its record speaks of.
+    """
+    detector = fresh(cell, cached=True)
+    if cell.config.finetune.heads == "primary":
+        source = cell.backbones[cell.modalities[0]]
+        load_heads(detector, read_trained(paths, source)["model"], str(paths.cell(source).best_checkpoint))
+    return detector
+
+
+def stored_scales(cell: Cell, paths: RunPaths, dataset: ShardDataset, split: str) -> dict[str, StoredScales]:
+    """Modality -> stored scales of the chips of `dataset`; empty for a cell whose backbones run.
+
+    Raises:
+        RunError: a features cell is not done, or holds scales of other weights or other data.
+    """
+    found: dict[str, StoredScales] = {}
+    for modality, id in cell.features.items():
+        record = read_record(paths.cell(id).record)
+        if record is None:
+            raise RunError(f"{paths.cell(id).record}: no record of stored scales; run that cell first")
+        wanted = {
+            "backbone": record_sha256(paths, cell.backbones[modality]),
+            "data": data_hash(read_index(paths.index), cell.needs[0]),
+        }
+        for what, sha256 in wanted.items():
+            if record.results[f"{what}_sha256"] != sha256:
+                raise RunError(f"cells/{id}: scales of {modality} are of another {what}; remove its record and go on")
+        found[modality] = StoredScales(paths.cell(id).features, record.results, split, dataset.ids)
+    return found
+
+
 def trained(cell: Cell, paths: RunPaths) -> Detector:
     """The detector as the training of `cell` left it, on the CPU, in eval mode.
 
@@ -62,8 +128,11 @@ def trained(cell: Cell, paths: RunPaths) -> Detector:
     for modality, source in content["backbones"].items():
         sha256 = record_sha256(paths, source["cell"])
         if sha256 != source["sha256"]:
+            paths.cell(cell.id).record.unlink(missing_ok=True)
+            paths.cell(cell.id).best_checkpoint.unlink(missing_ok=True)
             raise RunError(
-                f"cells/{cell.id}: was trained on another backbone of {modality} than cells/{source['cell']} now holds"
+                f"cells/{cell.id}: was trained on another backbone of {modality} than cells/{source['cell']} now holds;"
+                " so its record is removed: run the sweep again, or `retry`, to train it anew"
             )
     detector = on_backbones(cell, paths)
     load_trainable(detector, content["model"], str(paths.cell(cell.id).best_checkpoint))
@@ -97,7 +166,10 @@ def read_trained(paths: RunPaths, cell_id: str) -> dict[str, Any]:
     path = paths.cell(cell_id).best_checkpoint
     found = checkpoint.file_sha256(path) if path.is_file() else "none"
     if found != wanted:
+        # Without its record the training is undone, and it starts anew because last.pt names the same SHA-256.
+        paths.cell(cell_id).record.unlink(missing_ok=True)
         raise RunError(
-            f"{path}: SHA-256 {found[:12]}, but the record says {wanted[:12]}; remove the record to train anew"
+            f"{path}: SHA-256 {found[:12]}, but the record says {wanted[:12]}; so the record is removed: run the sweep"
+            " again, or `retry`, to train that cell anew"
         )
     return checkpoint.load(path)

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,16 +48,17 @@ class Group:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, frozen: Iterable[str] = ()) -> nn.Module:
         """`model` so that its gradients are means over processes; itself where there is one process.
 
-        On GPUs batch norms are synchronised; gloo has no such operation, so on CPUs each process
+        Tensors named in `frozen` never change and are the same everywhere: they are not sent. On GPUs batch norms are synchronised; gloo has no such operation, so on CPUs each process
         normalises its own chips.
         """
         if self.size == 1:
             return model
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not getattr(model, "own_batch_norm_sync", False):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(frozen))
         ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -83,11 +84,12 @@ class Group:
         dist.all_gather_object(found, value)
         return found
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the first one's buffers (running means of batch norms)."""
+    def share_buffers(self, model: nn.Module, frozen: Iterable[str] = ()) -> None:
+        """Give all processes the first one's buffers (running means of batch norms) but those named in `frozen`."""
         if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            for name, buffer in model.named_buffers():
+                if name not in frozen:
+                    dist.broadcast(buffer, 0)
 
 
 def choose_device(wanted: str, rank: int = 0) -> torch.device:

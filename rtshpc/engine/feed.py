@@ -7,18 +7,19 @@ batches it would have had, whatever the number of loader processes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rtshpc.core.config import AugmentConfig, TrainConfig
-from rtshpc.data.augment import augment
+from rtshpc.data.augment import augment, drawn_variant
 from rtshpc.data.reader import ShardDataset
 from rtshpc.data.sample import Target, collate
+from rtshpc.model.features import StoredScales, computable, read_scales
 
 AHEAD = 2
 """Batches read before they are asked for."""
@@ -44,22 +45,40 @@ class Step:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What the training needs of a batch: images (B, C, H, W) by modality, targets, and seeds of the RoIs."""
+    """What the training needs of a batch.
+
+    Attributes:
+        step: which step it is.
+        images: modality -> (B, C, H, W); empty with `scales`.
+        targets: one a chip.
+        seeds: of the RoIs, one a chip.
+        scales: modality -> four stored scales (B, C, H, W); empty where backbones run.
+        live: type in which the training takes scales.
+    """
 
     step: Step
     images: dict[str, Tensor]
     targets: list[Target]
     seeds: list[int]
+    scales: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    live: torch.dtype = torch.float32
 
     def to(self, device: torch.device) -> TrainBatch:
-        """The same on `device`."""
+        """The same on `device`, with scales in the type `live`."""
         images = {name: image.to(device, non_blocking=True) for name, image in self.images.items()}
-        return TrainBatch(self.step, images, [target.to(device) for target in self.targets], self.seeds)
+        targets = [target.to(device) for target in self.targets]
+        return replace(self, images=images, targets=targets, scales=computable(self.scales, device, self.live))
 
     def pin_memory(self) -> TrainBatch:
-        """The same with images in page-locked memory, for copies that overlap with computing."""
+        """The same with images and scales in page-locked memory, for copies that overlap with computing."""
         images = {name: image.pin_memory() for name, image in self.images.items()}
-        return TrainBatch(self.step, images, self.targets, self.seeds)
+        scales = {name: tuple(scale.pin_memory() for scale in maps) for name, maps in self.scales.items()}
+        return replace(self, images=images, scales=scales)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of each chip, px."""
+        return [(int(target.ignore.shape[0]), int(target.ignore.shape[1])) for target in self.targets]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -109,19 +128,26 @@ def plan_steps(
 class _Source:
     """Steps to batches: reads, augments, stacks. What a loader process gets a copy of."""
 
-    def __init__(self, dataset: ShardDataset, augmentation: AugmentConfig, seed: int) -> None:
+    def __init__(
+        self, dataset: ShardDataset, augmentation: AugmentConfig, seed: int, stored: Mapping[str, StoredScales]
+    ) -> None:
         self._dataset = dataset
+        self._stored = stored
         self._augmentation = augmentation
         self._seed = seed
 
     def __getitem__(self, step: Step) -> TrainBatch:
-        changed = [
-            augment(sample, self._augmentation, self._seed, step.epoch)
-            for sample in self._dataset.__getitems__(list(step.rows))
-        ]
+        rows = list(step.rows)
+        samples = self._dataset.__getitems__(rows)
+        changed = [augment(sample, self._augmentation, self._seed, step.epoch) for sample in samples]
         batch = collate(changed)
         seeds = [derive_seed(self._seed, "rois", step.epoch, sample.id) for sample in changed]
-        return TrainBatch(step, batch.images, batch.targets, seeds)
+        found = TrainBatch(step, batch.images, batch.targets, seeds)
+        if not self._stored:
+            return found
+        variants = [drawn_variant(sample.id, self._augmentation, self._seed, step.epoch) for sample in samples]
+        live = next(iter(self._stored.values())).live
+        return replace(found, scales=read_scales(self._stored, rows, variants), live=live)
 
 
 def _only(batches: Sequence[TrainBatch]) -> TrainBatch:
@@ -129,7 +155,12 @@ def _only(batches: Sequence[TrainBatch]) -> TrainBatch:
 
 
 def batches(
-    dataset: ShardDataset, config: TrainConfig, seed: int, steps: Iterator[Step], pin: bool = False
+    dataset: ShardDataset,
+    config: TrainConfig,
+    seed: int,
+    steps: Iterator[Step],
+    pin: bool = False,
+    stored: Mapping[str, StoredScales] | None = None,
 ) -> Iterator[TrainBatch]:
     """The batches of `steps` in order, read ahead by a thread or by `config.workers` processes.
 
@@ -139,8 +170,9 @@ def batches(
         seed: of augmentation and RoI sampling.
         steps: see `plan_steps`.
         pin: put images in page-locked memory (workers only).
+        stored: modality -> scales of the train split, where no backbone runs.
     """
-    source = _Source(dataset, config.augment, seed)
+    source = _Source(dataset, config.augment, seed, stored or {})
     if config.workers:
         # A sampler of whole steps: one loader serves all epochs, so its processes start once.
         loader: DataLoader[TrainBatch] = DataLoader(

@@ -20,11 +20,11 @@ from rtshpc.core.cell import Cell
 from rtshpc.core.config import TrainConfig
 from rtshpc.core.errors import DataError, RunError
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import SILENT, Progress
+from rtshpc.core.records import SILENT, Progress
 from rtshpc.data.reader import ShardDataset
 from rtshpc.engine import checkpoint, optim
 from rtshpc.engine.checkpoint import Checkpoints, Journal, Position
-from rtshpc.engine.detectors import sources
+from rtshpc.engine.detectors import sources, stored_scales
 from rtshpc.engine.distributed import Group, Preempted, run_group, stop_requests
 from rtshpc.engine.feed import TrainBatch, batches, derive_seed, plan_steps, steps_per_epoch
 from rtshpc.engine.predict import autocast, predict
@@ -53,7 +53,7 @@ def fit(cell: Cell, paths: RunPaths, build: Build, progress: Progress = SILENT) 
 
     Returns:
         epochs, steps, best_epoch, best_ap50, final_loss, parameters, seconds_per_step, samples_per_second,
-        checkpoint, checkpoint_sha256, device, precision, resumed.
+        checkpoint, checkpoint_sha256, checkpoint_bytes, device, precision, resumed.
 
     Raises:
         DataError: there is nothing to train on.
@@ -108,14 +108,18 @@ class _Training:
         self.config = config = training_of(cell)
         self.seed = cell.config.seed
         data = cell.config.data
-        self.train_set = ShardDataset(paths.index, data, "train", cell.modalities)
-        self.val_set = ShardDataset(paths.index, data, "val", cell.modalities)
+        live = not cell.features
+        self.train_set = ShardDataset(paths.index, data, "train", cell.modalities, images=live)
+        self.val_set = ShardDataset(paths.index, data, "val", cell.modalities, images=live)
         if not len(self.train_set):
             raise DataError(f"{paths.index}: the train split has no chips; see data.split and shards/rejected.json")
+        self.train_scales = stored_scales(cell, paths, self.train_set, "train")
+        self.val_scales = stored_scales(cell, paths, self.val_set, "val")
         self.per_epoch = steps_per_epoch(len(self.train_set), config.batch_size)
         self.total = self.per_epoch * config.epochs
         self.detector = build(cell, paths).to(group.device).train()
-        self.model = group.wrap(self.detector)
+        self.frozen = self.detector.state_dict().keys() - trainable_state(self.detector).keys()
+        self.model = group.wrap(self.detector, self.frozen)
         self.parameters = [parameter for _, parameter in optim.trainable(self.model)]
         self.optimizer = optim.build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.precision == "fp16")
@@ -169,7 +173,7 @@ class _Training:
             len(self.train_set), self.config, self.seed, (position.epoch, position.done), group.rank, group.size
         )
         pin = group.device.type == "cuda"
-        for batch in batches(self.train_set, self.config, self.seed, steps, pin):
+        for batch in batches(self.train_set, self.config, self.seed, steps, pin, self.train_scales):
             self._step(batch)
             if position.done == self.per_epoch:
                 self._end_epoch()
@@ -186,7 +190,9 @@ class _Training:
         optim.set_rate(self.optimizer, rate)
         own = batch.to(self.group.device)
         with autocast(self.group.device, self.config.precision):
-            losses = {name: value.float() for name, value in self.model(own.images, own.targets, own.seeds).items()}
+            given = {"sizes": own.sizes, "scales": own.scales} if own.scales else {}
+            found = self.model(own.images, own.targets, own.seeds, **given)
+            losses = {name: value.float() for name, value in found.items()}
         loss = torch.stack(list(losses.values())).sum() * batch.step.weight
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -238,10 +244,17 @@ class _Training:
     def _validate(self, last: bool) -> None:
         """AP50 of the val split over all processes; the first of equal epochs stays the best."""
         position, group = self.position, self.group
-        group.share_buffers(self.detector)
+        group.share_buffers(self.detector, self.frozen)
         rows = list(range(group.rank, len(self.val_set), group.size))
         own = predict(
-            self.detector, self.val_set, rows, group.device, self.config.precision, False, self._told_validation
+            self.detector,
+            self.val_set,
+            rows,
+            group.device,
+            self.config.precision,
+            False,
+            self._told_validation,
+            self.val_scales,
         )
         parts = group.gather(own)
         if not group.leads:
@@ -319,15 +332,17 @@ class _Training:
             "best_ap50": position.best_ap50,
             "final_loss": position.final_loss,
             "parameters": {
-                "total": sum(parameter.numel() for parameter in parameters),
+                "total": sum(parameter.numel() for parameter in parameters) + self.detector.backbone.absent,
                 "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             },
             "seconds_per_step": per_step,
             "samples_per_second": len(self.train_set) / (self.per_epoch * per_step) if per_step else None,
             "checkpoint": str(own.best_checkpoint.relative_to(own.root)),
             "checkpoint_sha256": position.best_sha256,
+            "checkpoint_bytes": own.best_checkpoint.stat().st_size if self.group.leads else None,
             "device": _device_name(self.group.device),
             "precision": self.config.precision,
+            "features": "cached" if self.cell.features else "live",
             "resumed": position.resumed,
         }
 

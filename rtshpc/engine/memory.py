@@ -2,7 +2,9 @@
 
 Each arm is measured in a process of its own: `python -m rtshpc.engine.memory < spec.json`. On a GPU the figures
 are the allocator's; on a CPU, which has no such counter, activations are the storages that autograd keeps for
-the backward pass, and the peak is the process's resident set. `backend` says which.
+the backward pass, and two peaks stand beside them: of all tensors alive at once (`live_peak_bytes`, what an allocator
+would have handed out, without the scratch memory inside of operations), and of the process's resident set.
+`backend` says which.
 """
 
 from __future__ import annotations
@@ -13,19 +15,23 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rtshpc.core.config import ModelConfig
 from rtshpc.core.config.section import Section, doc
 from rtshpc.core.errors import RunError
 from rtshpc.data.sample import Target
 from rtshpc.hpc.nvml import NvmlSampler
-from rtshpc.model.detector import Detector, build_detector
+from rtshpc.model.detector import Detector
+from rtshpc.model.engines import build
 
 INSTANCES = 9
 """Slumps of the sample, on a 3 x 3 grid: with few, the mask head would see next to nothing."""
@@ -39,7 +45,7 @@ class MemorySpec(Section):
     model: ModelConfig = doc("the detector")
     channels: dict[str, int] = doc("bands of each modality, the primary first", min_length=1)
     classes: int = doc("classes without the background", 1, ge=1)
-    arm: str = doc("unimodal, pretrained (frozen backbones) or full", "unimodal")
+    arm: str = doc("unimodal, full, pretrained (frozen backbones) or cached (their scales are given)", "unimodal")
     chip_px: int = doc("side of the sample, px", 256, ge=32)
     precision: str = doc("fp32, bf16 or fp16", "bf16")
     device: str = doc("auto, cpu or cuda", "auto")
@@ -81,8 +87,11 @@ def measure(spec: MemorySpec) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(spec.seed)
     device = _device(spec.device)
-    detector = build_detector(spec.model, spec.channels, spec.classes, spec.arm == "pretrained").to(device).train()
+    frozen, cached = spec.arm in ("pretrained", "cached"), spec.arm == "cached"
+    detector = build(spec.model, spec.channels, spec.classes, frozen, cached).to(device).train()
     images, target = sample(spec, device)
+    if cached:
+        images = given_scales(detector, spec, device)
     saved = None
     for number in range(spec.warmups):
         if number == 0 and device.type == "cpu":
@@ -142,7 +151,24 @@ def sample(spec: MemorySpec, device: torch.device) -> tuple[dict[str, Tensor], T
     return images, Target(torch.tensor(boxes), classes, torch.stack(masks), ignore).to(device)
 
 
-def _measure_cuda(detector: Detector, images: dict[str, Tensor], target: Target, spec: MemorySpec) -> dict[str, Any]:
+def given_scales(detector: Detector, spec: MemorySpec, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
+    """Random scales of every modality, as stored features enter a training: in the type a backbone leaves them.
+
+    Layer norms give 16 bits under autocast on CPUs, 32 on GPUs.
+    """
+    generator = torch.Generator().manual_seed(spec.seed)
+    dtype = torch.float32 if device.type == "cuda" else _AUTOCAST.get(spec.precision, torch.float32)
+    shapes = [
+        (1, getattr(detector.backbone, f"fpn_lateral{level}").in_channels, *[spec.chip_px // 2**level] * 2)
+        for level in range(2, 6)
+    ]
+    return {
+        name: tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        for name in spec.channels
+    }
+
+
+def _measure_cuda(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> dict[str, Any]:
     """The allocator's figures; activations are what the forward pass leaves allocated."""
     device = target.boxes.device
     torch.cuda.synchronize(device)
@@ -163,15 +189,19 @@ def _measure_cuda(detector: Detector, images: dict[str, Tensor], target: Target,
     return {
         "activations_bytes": kept,
         "allocator_peak_bytes": torch.cuda.max_memory_allocated(device),
+        "live_peak_bytes": None,
         "reserved_peak_bytes": torch.cuda.max_memory_reserved(device),
         "step_seconds": statistics.median(times),
     }
 
 
 def _measure_cpu(
-    detector: Detector, images: dict[str, Tensor], target: Target, spec: MemorySpec, saved: int | None
+    detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec, saved: int | None
 ) -> dict[str, Any]:
-    """Time of the repeats, and what the warm-up found saved (a step of its own where there was none)."""
+    """Time of the repeats, and what the warm-up found saved (a step of its own where there was none).
+
+    One more step finds the most bytes of tensors that are alive at once.
+    """
     times: list[float] = []
     for _ in range(spec.repeats):
         _zero(detector)
@@ -180,23 +210,62 @@ def _measure_cpu(
         times.append(time.perf_counter() - began)
     if saved is None:
         saved = saved_bytes(detector, images, target, spec)
+    _zero(detector)
+    with _Live() as live:
+        for tensor in (*_own(detector, images, target), *(p.grad for p in detector.parameters() if p.grad is not None)):
+            live.add(tensor)
+        _step(detector, images, target, spec)
     return {
         "activations_bytes": saved,
         "allocator_peak_bytes": None,
+        "live_peak_bytes": live.peak,
         "reserved_peak_bytes": None,
         "step_seconds": statistics.median(times),
     }
 
 
-def saved_bytes(detector: Detector, images: Mapping[str, Tensor], target: Target, spec: MemorySpec) -> int:
+class _Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and the most there were: every storage an operation makes, until freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.now += self.sizes[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def _own(detector: Detector, images: Mapping[str, Any], target: Target) -> list[Tensor]:
+    """Weights, buffers and the sample: what is there before a step."""
+    given = [leaf for leaf in tree_leaves(dict(images)) if isinstance(leaf, Tensor)]
+    return [*detector.parameters(), *detector.buffers(), *given, target.boxes, target.masks]
+
+
+def saved_bytes(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> int:
     """Bytes of the distinct storages that a forward pass keeps for its backward pass, which is run too.
 
     Parameters, buffers and the sample itself are not counted. The hooks take time: no step to be timed.
     """
-    own = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*detector.parameters(), *detector.buffers(), *images.values(), target.boxes, target.masks)
-    }
+    own = {tensor.untyped_storage().data_ptr() for tensor in _own(detector, images, target)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -216,15 +285,19 @@ def saved_bytes(detector: Detector, images: Mapping[str, Tensor], target: Target
     return total
 
 
-def _forward(detector: Detector, images: Mapping[str, Tensor], target: Target, spec: MemorySpec) -> Tensor:
+def _forward(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> Tensor:
+    """The summed losses; `images` are scales in the arm `cached`."""
     device = target.boxes.device.type
     context = torch.autocast(device, dtype=_AUTOCAST[spec.precision]) if spec.precision != "fp32" else nullcontext()
     with context:
-        losses = detector(images, [target], [spec.seed])
+        if spec.arm == "cached":
+            losses = detector({}, [target], [spec.seed], [(spec.chip_px, spec.chip_px)], images)
+        else:
+            losses = detector(images, [target], [spec.seed])
     return torch.stack([value.float() for value in losses.values()]).sum()
 
 
-def _step(detector: Detector, images: Mapping[str, Tensor], target: Target, spec: MemorySpec) -> None:
+def _step(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> None:
     _forward(detector, images, target, spec).backward()
 
 

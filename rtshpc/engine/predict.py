@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -22,6 +22,7 @@ from rtshpc.engine.scoring import ImageResult, Regions, Rle
 from rtshpc.geo.crs import resolution_m, to_lonlat
 from rtshpc.model.detections import Detections
 from rtshpc.model.detector import Detector
+from rtshpc.model.features import StoredScales, computable, read_scales
 
 BATCH = 8
 """Chips that go through the detector together."""
@@ -50,6 +51,7 @@ def predict(
     precision: str = "fp32",
     ground: bool = True,
     told: Told | None = None,
+    stored: Mapping[str, StoredScales] | None = None,
 ) -> list[ImageResult]:
     """Detections and truth of chips, in the order of `rows`; the detector is left in its mode.
 
@@ -61,16 +63,22 @@ def predict(
         precision: fp32, bf16 or fp16.
         ground: also find each chip's ground resolution (else 1 m a pixel).
         told: called with chips done and in all.
+        stored: modality -> scales of the data set's split, where the detector has no backbones.
     """
     before = detector.training
     detector.eval()
     found: list[ImageResult] = []
     try:
         with torch.inference_mode():
-            for batch in _batches(dataset, rows):
+            for batch, scales in _batches(dataset, rows, stored or {}):
                 images = {name: image.to(device) for name, image in batch.images.items()}
+                given: dict[str, Any] = {}
+                if stored:
+                    live = next(iter(stored.values())).live
+                    given["scales"] = computable(scales, device, live)
+                    given["sizes"] = [sample.size for sample in batch.samples]
                 with autocast(device, precision):
-                    detections = detector(images)
+                    detections = detector(images, **given)
                 for sample, one in zip(batch.samples, detections, strict=True):
                     found.append(image_result(sample, one.cpu(), ground))
                 if told is not None:
@@ -80,19 +88,22 @@ def predict(
     return found
 
 
-def _batches(dataset: ShardDataset, rows: Sequence[int]) -> Iterator[Batch]:
+_Read = tuple[Batch, dict[str, tuple[torch.Tensor, ...]]]
+
+
+def _batches(dataset: ShardDataset, rows: Sequence[int], stored: Mapping[str, StoredScales]) -> Iterator[_Read]:
     """Batches of `rows`, the next one read by a thread while this one is computed."""
     groups = [list(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-        waiting = [pool.submit(_read, dataset, group) for group in groups[:1]]
+        waiting = [pool.submit(_read, dataset, group, stored) for group in groups[:1]]
         for number in range(len(groups)):
             if number + 1 < len(groups):
-                waiting.append(pool.submit(_read, dataset, groups[number + 1]))
+                waiting.append(pool.submit(_read, dataset, groups[number + 1], stored))
             yield waiting.pop(0).result()
 
 
-def _read(dataset: ShardDataset, rows: list[int]) -> Batch:
-    return collate(dataset.__getitems__(rows))
+def _read(dataset: ShardDataset, rows: list[int], stored: Mapping[str, StoredScales]) -> _Read:
+    return collate(dataset.__getitems__(rows)), read_scales(stored, rows, [0] * len(rows))
 
 
 def image_result(sample: Sample, detections: Detections, ground: bool = True) -> ImageResult:

@@ -10,6 +10,7 @@ from rtshpc.core.config import FusionConfig
 from rtshpc.core.errors import ConfigError, unknown
 from rtshpc.fusion.contract import check_scales
 from rtshpc.fusion.mixers import MIXERS
+from rtshpc.fusion.recompute import chain, same
 
 
 class ResidualFusion(nn.Module):
@@ -32,6 +33,7 @@ class ResidualFusion(nn.Module):
         self.primary = primary
         self.auxiliaries = tuple(auxiliaries)
         self.residual = config.residual
+        self.again = config.recompute
         mixer = MIXERS[config.mixer]
         self.mixers = nn.ModuleDict(
             {name: nn.ModuleList(mixer(width, config, i) for i, width in enumerate(widths)) for name in auxiliaries}
@@ -57,5 +59,5 @@ class ResidualFusion(nn.Module):
             total = parts[0]
             for part in parts[1:]:
                 total = total + part
-            fused.append(projection(total))
+            fused.append(chain(same, [(projection, same)], (total,), self.again))
         return tuple(fused)

@@ -33,6 +33,12 @@ class Finding:
     reason: str
     detail: str
 
+    @classmethod
+    def note(cls, text: str) -> Finding:
+        """A warning from `reason: detail`."""
+        reason, _, detail = text.partition(": ")
+        return cls("warn", reason, detail) if detail else cls("warn", "note", text)
+
 
 @dataclass(frozen=True)
 class CrsFacts:
@@ -60,6 +66,9 @@ def crs_facts(wkt: str) -> CrsFacts:
     if not EARTH_RADII_M[0] <= radius <= EARTH_RADII_M[1]:
         detail = f'CRS "{crs.name}" is of a body with a radius of {radius / 1000:.0f} km, not of the Earth'
         return CrsFacts(("not_earth", detail), False, 1.0, "", crs.name)
+    if not crs.is_projected and not crs.is_geographic:
+        detail = f'CRS "{crs.name}" is neither projected nor geographic: {crs.type_name}'
+        return CrsFacts(("geocentric_crs", detail), False, 1.0, "", crs.name)
     operation = crs.coordinate_operation
     axes = crs.axis_info
     unit = axes[0].unit_conversion_factor if axes and crs.is_projected else 1.0
@@ -141,7 +150,8 @@ def _off_earth(dataset: DatasetReader, wkt: str, six: Six, facts: CrsFacts) -> s
         return f'coordinates look like degrees, but CRS "{facts.name}" is projected'
     centre = ([(max(xs) + min(xs)) / 2], [(max(ys) + min(ys)) / 2])
     lons, lats = to_lonlat(wkt, centre[0] + xs, centre[1] + ys)
-    if not any(map(math.isfinite, lons)) or not any(map(math.isfinite, lats)):
+    known = sum(math.isfinite(lon) and math.isfinite(lat) for lon, lat in zip(lons, lats, strict=True))
+    if known <= len(lons) / 2 and not (known and "geostationary" in facts.method.lower()):
         return f'coordinates lie outside CRS "{facts.name}"'
     return ""
 
@@ -285,13 +295,35 @@ def _world_file(path: Path) -> tuple[str, Six] | None:
     return None
 
 
-def trusted_grid(dataset: DatasetReader) -> tuple[Grid, list[Finding]]:
+def fragment(dataset: DatasetReader) -> list[Finding]:
+    """One pixel of known size may be a fragment; one whose size or sense is unknown is nothing."""
+    if dataset.width * dataset.height > 1:
+        return []
+    facts = crs_facts(dataset.crs.to_wkt()) if dataset.crs else None
+    worthless = is_inverted(dataset) or facts is None or facts.geographic
+    detail = f"{Path(dataset.name).name} is a single pixel"
+    return [Finding("reject" if worthless else "warn", "too_small", detail)]
+
+
+def is_inverted(dataset: DatasetReader) -> bool:
+    """Whether the file says that 0 is white."""
+    return dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+
+
+def trusted_grid(dataset: DatasetReader, whole: bool = False) -> tuple[Grid, list[Finding]]:
     """The grid and its warnings.
 
+    Args:
+        dataset: the raster.
+        whole: it is a scene of its own, for which a single pixel is too little.
+
     Raises:
-        SceneRejected: the raster has no resolvable place on the Earth.
+        SceneRejected: the raster has no resolvable place on the Earth, or is `too_small`.
     """
     grid, found = georeference(dataset)
-    if grid is None:
-        raise SceneRejected(found[0].reason, found[0].detail)
+    found = [*found, *fragment(dataset)] if whole else found
+    fatal = next((one for one in found if one.severity == "reject"), None)
+    if grid is None or fatal is not None:
+        fatal = fatal or found[0]
+        raise SceneRejected(fatal.reason, fatal.detail)
     return grid, found

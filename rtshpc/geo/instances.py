@@ -24,7 +24,7 @@ Kind = Literal["mask", "instances"]
 
 _WIDEST_TABLE = 1 << 24
 UNLABELLED = 255
-"""In a 0/1 byte mask: unlabelled ground, declared as nodata or not."""
+"""In a 0/1 mask: unlabelled ground, declared as nodata or not."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def from_ids(values: NDArray[Any]) -> Ids:
     An id in several pieces stays one instance.
     """
     if values.dtype.kind == "f":
-        values = np.where(np.isfinite(values) & (values > 0), values, 0).astype(np.int64)
+        values = np.where(np.isfinite(values) & (values > 0), values, 0)
+        values = values.astype(np.int64) if values.max(initial=0) < 2**62 else values
     elif values.dtype.kind == "i":
         values = np.maximum(values, 0)
     highest = int(values.max(initial=0))
@@ -92,7 +93,7 @@ def from_raster(values: NDArray[Any], kind: Kind, missing: Mask | None, min_px: 
     """Instances of a label raster.
 
     kind `instances`: every positive value is one instance. kind `mask`: one positive value (1, 255, any)
-    is a mask, whose components are the instances; several positive whole numbers are ids; a 0/1 byte
+    is a mask, whose components are the instances; several positive whole numbers are ids; a 0/1
     mask with 255 has unlabelled ground there.
 
     Args:
@@ -109,20 +110,21 @@ def from_raster(values: NDArray[Any], kind: Kind, missing: Mask | None, min_px: 
             ignore = ignore | holes
     if ignore.any():
         values = np.where(ignore, np.zeros((), values.dtype), values)
-    if kind == "mask" and _unlabelled_byte(values):
+    if kind == "mask" and _unlabelled(values):
         unlabelled = values == UNLABELLED
         ignore = ignore | unlabelled
         values = np.where(unlabelled, np.zeros((), values.dtype), values)
-        notes.append("a 0/1 mask with undeclared 255: taken as unlabelled ground")
+        notes.append("label_values: a 0/1 mask with undeclared 255, taken as unlabelled ground")
     if kind == "instances":
         ids = from_ids(values)
     elif _one_value(values):
         ids = label_instances(values > 0)
     elif values.dtype.kind == "f" and not bool((values == np.rint(values)).all()):
-        notes.append("mask values are no whole numbers: everything above 0 is taken as a slump")
+        notes.append("label_values: mask values are no whole numbers: everything above 0 is taken as a slump")
         ids = label_instances(values > 0)
     else:
         ids = from_ids(values)
+        notes += _doubtful_ids(values, ids)
     ids = drop_small(ids, min_px)
     return InstanceMap(ids, [0] * int(ids.max(initial=0)), ignore, tuple(notes))
 
@@ -135,12 +137,27 @@ def _one_value(values: NDArray[Any]) -> bool:
     return bool(((values <= 0) | (values == highest)).all())
 
 
-def _unlabelled_byte(values: NDArray[Any]) -> bool:
-    """Whether a byte raster holds 255 and 1 and nothing else above 0."""
-    if values.dtype != np.uint8 or values.max(initial=0) != UNLABELLED:
+def _unlabelled(values: NDArray[Any]) -> bool:
+    """Whether a raster holds 255 and 1 and nothing else above 0."""
+    if values.max(initial=0) != UNLABELLED:
         return False
-    counts = np.bincount(values.ravel(), minlength=256)
-    return bool(counts[1] > 0 and counts[2:UNLABELLED].sum() == 0)
+    slump = values == 1
+    return bool(slump.any() and ((values <= 0) | slump | (values == UNLABELLED)).all())
+
+
+def _doubtful_ids(values: NDArray[Any], ids: Ids) -> list[str]:
+    """What speaks against taking the values of a mask as ids: one of them in several places, or white (255) itself.
+
+    Gaps alone do not: the part of an id raster that lies in a scene has them.
+    """
+    count, highest = int(ids.max(initial=0)), int(values.max(initial=0))
+    inside = ids > 0
+    parts = label_instances(inside)[inside].astype(np.int64) * (count + 1) + ids[inside]
+    scattered = np.unique(parts).size > count
+    if not scattered and (highest != UNLABELLED or count == highest):
+        return []
+    why = "some in several places" if scattered else "the highest is 255"
+    return [f"label_values: a mask with {count} values above 0, {why}: taken as ids, one instance a value"]
 
 
 def drop_small(ids: Ids, min_px: int) -> Ids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import rasterio
-from pyproj.exceptions import ProjError
-from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
@@ -20,8 +19,9 @@ from rasterio.io import DatasetReader
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.scenes import Scene
-from rtshpc.geo.crs import Finding, contradictions, crs_facts, georeference
+from rtshpc.geo.crs import Finding, contradictions, fragment, georeference, is_inverted
 from rtshpc.geo.raster import (
+    FLOAT_LIMIT,
     MAX_PIXELS,
     band_names,
     has_mask,
@@ -29,7 +29,9 @@ from rtshpc.geo.raster import (
     open_raster,
     read_error,
     read_window,
+    rejecting,
     scaling,
+    swapped_colours,
     windows,
 )
 from rtshpc.geo.scene import open_scene
@@ -39,10 +41,11 @@ READ_VALUES = 400_000_000
 """Rasters with more values (pixels x bands) are read in part: every n-th window and the last one."""
 ALMOST_EMPTY, SPARSE = 0.01, 0.1
 _ZERO_SHARE, _ZERO_FATAL = 0.05, 0.99
-_FLOAT_MAX = 3.4e38
+_LONGEST_TABLE = 1000
+_FILL_SHARE, _NEVER_MEASURED = 0.05, 1e30
+_FILLS = (-9999.0, -99999.0, -32768.0, -32767.0, 65535.0)
+"""Values that one band alone may hold where nothing was measured."""
 _RGB = ["red", "green", "blue"]
-_LIBRARY_ERRORS = (RasterioError, CPLE_BaseError, ProjError, OSError)
-"""What the libraries raise on damaged files where no better word is known."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ class Verdict:
 
 @dataclass
 class Content:
-    """What a pass over the pixels saw; (C,) arrays are per band, of valid pixels."""
+    """What a pass over the pixels saw; (C,) arrays are per band, of valid pixels.
+
+    `shared` counts pixels at which all bands hold one value, for the extremes among those values.
+    """
 
     low: Any
     high: Any
@@ -64,6 +70,7 @@ class Content:
     zero: int = 0
     seen: int = 0
     undeclared_nan: bool = False
+    shared: Counter[float] = field(default_factory=Counter[float])
     complete: bool = True
     checksums: list[int] = field(default_factory=list[int])
 
@@ -92,14 +99,23 @@ def raster_findings(path: Path | str, max_pixels: int = MAX_PIXELS, sample: bool
     path = Path(path)
     with rasterio.Env(GDAL_NUM_THREADS="1"):
         try:
-            with open_raster(path, max_pixels) as dataset:
+            with rejecting(path.name), open_raster(path, max_pixels) as dataset:
                 found = [*_place(dataset, path), *_bands(dataset, path, sample)]
                 content = read_content(dataset)
                 return [*found, *_content(dataset, path, content)]
         except SceneRejected as error:
             return [Finding("reject", error.reason, error.detail)]
-        except _LIBRARY_ERRORS as error:
-            return [Finding("reject", "unreadable", f"{path.name}: {' '.join(str(error).split())}")]
+
+
+def pixels_key(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[Any, ...] | None:
+    """What rasters of the same pixels in the same place share, however they are compressed; None for no raster."""
+    path = Path(path)
+    try:
+        with rasterio.Env(GDAL_NUM_THREADS="1"), rejecting(path.name), open_raster(path, max_pixels) as dataset:
+            place = (str(dataset.crs), tuple(dataset.transform), dataset.shape, dataset.dtypes)
+            return *place, *read_content(dataset).checksums
+    except SceneRejected:
+        return None
 
 
 def read_content(dataset: DatasetReader) -> Content:
@@ -134,8 +150,9 @@ def _tally(dataset: DatasetReader, content: Content, pixels: Any, outside: Any) 
         content.checksums[index] = zlib.crc32(np.ascontiguousarray(band), content.checksums[index])
         nodata = dataset.nodatavals[index]
         bad = invalid(band, nodata)
-        if bad is not None and band.dtype.kind == "f" and (nodata is None or math.isfinite(nodata)):
-            content.undeclared_nan |= bool(np.isnan(band).any())
+        if bad is not None and band.dtype.kind == "f":
+            declared = np.isnan(band) if nodata is not None and math.isnan(nodata) else band == nodata
+            content.undeclared_nan |= bool((~np.isfinite(band) & ~declared).any())
         if colours[index] == ColorInterp.alpha and len(pixels) > 1:
             continue
         good = good_all if bad is None else ~bad & (True if outside is None else ~outside)
@@ -145,6 +162,11 @@ def _tally(dataset: DatasetReader, content: Content, pixels: Any, outside: Any) 
             content.high[index] = max(content.high[index], float(values.max()))
         if bad is not None:
             good_all = good_all & ~bad
+    measured = [band for band, colour in zip(pixels, colours, strict=True) if colour != ColorInterp.alpha]
+    same = good_all & np.logical_and.reduce([band == measured[0] for band in measured]) if measured else good_all
+    values = measured[0][same] if measured else np.zeros(0)
+    for value in {float(values.min()), float(values.max())} if values.size else ():
+        content.shared[value] += int(np.count_nonzero(values == value))
     content.seen += good_all.size
     content.valid += int(good_all.sum())
     content.zero += int((~pixels.any(axis=0) & good_all).sum())
@@ -157,16 +179,12 @@ def _place(dataset: DatasetReader, path: Path) -> list[Finding]:
         bare = found[0].detail
         if dataset.subdatasets:
             found = [Finding("warn", "no_georeference", f"{bare}; as a container it is judged image by image")]
-        elif (min(dataset.shape) == 1 and max(dataset.shape) > 1) or _extreme(dataset.nodata):
+        elif min(dataset.shape) == 1 and 1 < max(dataset.shape) <= _LONGEST_TABLE:
             found = [Finding("warn", "no_georeference", f"{bare}: a bare table of values, no scene")]
     found += contradictions(dataset, path)
     if dataset.rpcs is not None and dataset.crs:
         found.append(Finding("warn", "rpc", f"{path.name} also has raw sensor geometry (RPC); its grid is used"))
     return found
-
-
-def _extreme(nodata: float | None) -> bool:
-    return nodata is not None and (math.isinf(nodata) or abs(nodata) >= _FLOAT_MAX)
 
 
 def _bands(dataset: DatasetReader, path: Path, sample: bool) -> list[Finding]:
@@ -180,26 +198,24 @@ def _bands(dataset: DatasetReader, path: Path, sample: bool) -> list[Finding]:
     if ColorInterp.alpha in colours:
         detail = f"{name}: band {colours.index(ColorInterp.alpha) + 1} is alpha: a validity mask, not a measurement"
         found.append(Finding("warn", "alpha_band", detail))
-    if ColorInterp.palette in colours:
+    # GDAL sees a table of two colours in every raster of one bit.
+    one_bit = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
+    if ColorInterp.palette in colours and not one_bit:
         found.append(Finding("warn", "palette", f"{name}: pixel values are colour numbers, not measurements"))
-    found += _order(dataset, name, colours)
+    order = swapped_colours(dataset, range(1, dataset.count + 1))
+    if order:
+        found.append(Finding("reject" if ColorInterp.alpha in colours else "warn", "band_order", order))
     if dataset.dtypes[0] in ("int8", "int64", "uint64"):
         detail = f"{name} is {dataset.dtypes[0]}; many readers map it to another type"
         found.append(Finding("warn", "pixel_type", detail))
-    inverted = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
-    if inverted:
+    if is_inverted(dataset):
         found.append(Finding("warn", "min_is_white", f"{name} is stored inverted (MinIsWhite)"))
-    if dataset.width * dataset.height == 1:
-        # One pixel of known size may be a fragment; one whose size or sense is unknown is nothing.
-        facts = crs_facts(dataset.crs.to_wkt()) if dataset.crs else None
-        worthless = inverted or facts is None or facts.geographic
-        found.append(Finding("reject" if worthless else "warn", "too_small", f"{name} is a single pixel"))
+    found += fragment(dataset)
     for index in range(1, dataset.count + 1):
         scale, offset = scaling(dataset, index)
-        if not _round(scale) or not math.isfinite(offset):
-            found.append(
-                Finding("warn", "odd_scale", f"{name}: band {index} has scale {scale:.10g}, offset {offset:.10g}")
-            )
+        if not _round(scale) or dataset.scales[index - 1] == 0:
+            none = "0, read as none" if dataset.scales[index - 1] == 0 else f"{scale:.10g}"
+            found.append(Finding("warn", "odd_scale", f"{name}: band {index} has scale {none}, offset {offset:.10g}"))
             break
     found += _nodata(dataset, name)
     named = [
@@ -211,17 +227,6 @@ def _bands(dataset: DatasetReader, path: Path, sample: bool) -> list[Finding]:
     return found
 
 
-def _order(dataset: DatasetReader, name: str, colours: list[ColorInterp]) -> list[Finding]:
-    """Undescribed bands whose colours are not in the order red, green, blue."""
-    order = [colour.name for colour in colours if colour.name in _RGB]
-    if len(order) != 3 or order == _RGB or any(dataset.descriptions):
-        return []
-    detail = f"{name}: bands are stored as {', '.join(colour.name for colour in colours)}"
-    if ColorInterp.alpha in colours:
-        return [Finding("reject", "band_order", f"{detail}: taken by number, red is blue and near infrared is alpha")]
-    return [Finding("warn", "band_order", f"{detail}; name the bands")]
-
-
 def _round(scale: float) -> bool:
     """Whether a scale has at most four significant digits, as scales that people choose have."""
     return math.isfinite(scale) and scale != 0 and abs(float(f"{scale:.3e}") - scale) <= 1e-9 * abs(scale)
@@ -229,8 +234,12 @@ def _round(scale: float) -> bool:
 
 def _nodata(dataset: DatasetReader, name: str) -> list[Finding]:
     nodata, dtype = dataset.nodata, np.dtype(dataset.dtypes[0])
-    if nodata is None or dtype.kind == "f":
+    if nodata is None or (math.isnan(nodata) and dtype.kind == "f"):
         return []
+    if dtype.kind == "f":
+        # Other readers compare for equality, which rounding and arithmetic break.
+        odd = abs(nodata) >= FLOAT_LIMIT
+        return [Finding("warn", "odd_nodata", f"{name}: nodata is {nodata:g}, the limit of numbers")] if odd else []
     limits = np.iinfo(dtype)
     if math.isfinite(nodata) and limits.min <= nodata <= limits.max and nodata == int(nodata):
         return []
@@ -252,15 +261,30 @@ def _content(dataset: DatasetReader, path: Path, content: Content) -> list[Findi
         found.append(Finding("warn", "sparse", f"{name}: {share:.1%} of the pixels are valid"))
     found += _zeros(dataset, name, content)
     if content.undeclared_nan:
-        found.append(Finding("warn", "undeclared_nan", f"{name} has NaN that is not declared as nodata; masked"))
+        found.append(Finding("warn", "undeclared_nan", f"{name} has NaN or infinity not declared as nodata; masked"))
     measured = [i for i, colour in enumerate(dataset.colorinterp) if colour != ColorInterp.alpha or dataset.count == 1]
     constant = all(content.low[i] == content.high[i] for i in measured)
     if constant and content.valid > 1 and content.zero < content.valid:
         found.append(Finding("warn", "constant", f"{name}: every band holds one value"))
+    found += _fills(name, content, measured) if not constant else []
     repeats = [i + 1 for i in measured if content.checksums.index(content.checksums[i]) < i]
     if repeats and not constant:
         found.append(Finding("warn", "repeated_bands", f"{name}: bands {', '.join(map(str, repeats))} repeat others"))
     return [*found, *_range(dataset, name, content, measured)]
+
+
+def _fills(name: str, content: Content, measured: list[int]) -> list[Finding]:
+    """Values that stand for missing though nobody says so: they would enter the statistics."""
+    low, high = content.low[measured], content.high[measured]
+    if (low < -_NEVER_MEASURED).any() or (high > _NEVER_MEASURED).any():
+        detail = f"{name} holds values from {low.min():g} to {high.max():g}"
+        return [Finding("warn", "undeclared_fill", f"{detail}: nothing measured is so large")]
+    for value, count in content.shared.items():
+        extreme = value != 0 and ((low == value).all() or (high == value).all())
+        if extreme and count >= _FILL_SHARE * content.seen and (len(measured) > 1 or value in _FILLS):
+            detail = f"{name}: {count / content.seen:.1%} of the pixels are {value:g} in all bands"
+            return [Finding("warn", "undeclared_fill", f"{detail}; if it means missing, declare it as nodata")]
+    return []
 
 
 def _zeros(dataset: DatasetReader, name: str, content: Content) -> list[Finding]:
@@ -321,10 +345,8 @@ def label_findings(
     label = Path(label)
     kind = kind or ("vector" if label.suffix.lower() in VECTOR_SUFFIXES else "mask")
     try:
-        with open_raster(image, max_pixels) as dataset:
-            band = next(i for i, c in enumerate(dataset.colorinterp, 1) if c != ColorInterp.alpha or dataset.count == 1)
-            bands = [i for i, c in enumerate(dataset.colorinterp, 1) if c != ColorInterp.alpha] or [band]
-            undeclared = dataset.nodata is None and not has_mask(dataset) and dataset.count >= 3
+        with rejecting(image.name), open_raster(image, max_pixels) as dataset:
+            bands = [i for i, c in enumerate(dataset.colorinterp, 1) if c != ColorInterp.alpha] or [1]
     except SceneRejected:
         return []
     data = DataConfig.model_validate(
@@ -334,7 +356,6 @@ def label_findings(
             "modalities": {"all": {"bands": [str(index) for index in bands]}},
             "primary": "all",
             "labels": {"kind": kind},
-            "missing_value": 0 if undeclared else None,
             "max_pixels": max_pixels,
             "min_valid_fraction": 0,
         }
@@ -343,17 +364,10 @@ def label_findings(
 
 
 def scene_findings(scene: Scene, data: DataConfig) -> list[Finding]:
-    """What preprocess would say of a scene: its warnings, or why it would be rejected."""
+    """What opening a scene and its labels says: warnings, or why it is rejected."""
     try:
-        with open_scene(scene, data) as opened:
+        with rejecting(scene.id), open_scene(scene, data) as opened:
             opened.instances()
-            return [Finding("warn", *_split(text)) for text in opened.warnings]
+            return [Finding.note(text) for text in opened.warnings]
     except SceneRejected as error:
         return [Finding("reject", error.reason, error.detail)]
-    except _LIBRARY_ERRORS as error:
-        return [Finding("reject", "unreadable", f"{scene.id}: {' '.join(str(error).split())}")]
-
-
-def _split(text: str) -> tuple[str, str]:
-    reason, _, detail = text.partition(": ")
-    return (reason, detail) if detail else ("note", text)

@@ -9,28 +9,39 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio.enums import ColorInterp
 
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.scenes import Scene
 from rtshpc.geo.align import EXACT_PX, Layer
 from rtshpc.geo.instances import InstanceMap, burn, drop_small, from_raster, rasterise
-from rtshpc.geo.raster import Grid, find_band, open_raster
+from rtshpc.geo.raster import Grid, find_band, invalid, open_raster, read_window, windows
 from rtshpc.geo.vector import read_polygons
 
 _FEWEST_COVERED = 0.01
+_HALF_PX = 0.5 + EXACT_PX
 
 
 class LabelReader:
     """Opens the labels of one scene at once, so that a scene without them is refused before pixels are read."""
 
-    def __init__(self, scene: Scene, data: DataConfig, grid: Grid, stack: ExitStack) -> None:
+    def __init__(
+        self, scene: Scene, data: DataConfig, grid: Grid, stack: ExitStack, flips: tuple[bool, bool] = (False, False)
+    ) -> None:
         """Open the label file.
+
+        Args:
+            scene: whose labels.
+            data: the data set.
+            grid: the primary grid, north up.
+            stack: closes the file.
+            flips: whether the image's rows and columns were flipped to get north up.
 
         Raises:
             SceneRejected: `missing_label`, or what `open_raster` says of a label raster.
         """
-        self._scene, self._data, self._grid = scene, data, grid
+        self._scene, self._data, self._grid, self._flips = scene, data, grid, flips
         self._stack = stack
         self._raster: Any = None
         kind = data.labels.kind
@@ -86,21 +97,26 @@ class LabelReader:
             raise SceneRejected("labels_elsewhere", f"{name}: none of {found.total} polygons touches the image")
         shape = (grid.height, grid.width)
         ids, classes = rasterise(found.labels, found.classes, grid.transform, *shape)
-        notes: tuple[str, ...] = ()
+        notes: list[str] = []
+        if found.dropped:
+            notes.append(f"label_shapes: {found.dropped} of {found.total + found.dropped} features are no polygons")
         lost = len(found.labels) - len(classes)
         if lost:
-            notes = (f"small_polygons: {lost} of {len(found.labels)} polygons hold no pixel centre and are left out",)
+            why = "hold no pixel centre of their own (too small, or under others)"
+            notes.append(f"small_polygons: {lost} of {len(found.labels)} polygons {why} and are left out")
         ignore = burn(found.ignore, grid.transform, *shape) & (ids == 0)
         if config.min_instance_px > 1:
             sizes = np.bincount(ids.ravel(), minlength=len(classes) + 1)[1:]
             classes = [kind for kind, size in zip(classes, sizes, strict=True) if size >= config.min_instance_px]
             ids = drop_small(ids, config.min_instance_px)
-        return InstanceMap(ids, classes, ignore, notes)
+        return InstanceMap(ids, classes, ignore, tuple(notes))
 
     def _from_raster(self) -> InstanceMap:
         config = self._data.labels
-        band = find_band(self._raster, config.band, self._data.band_names) if config.kind == "band" else 1
-        values, missing, notes = self._on_grid(band)
+        values, missing, notes = self._on_grid(self._band())
+        stated = self._raster.nodata
+        if stated is not None and stated > 0 and missing.any() and not (values[~missing] > 0).any():
+            notes.append(f"label_nodata: nodata {stated:g} is the only value above 0: no slump is left")
         for value in config.ignore_values:
             missing = missing | (values == value)
         kind = "instances" if config.kind == "instances" else "mask"
@@ -110,22 +126,45 @@ class LabelReader:
             raise SceneRejected("labels_elsewhere", f"{name} says nothing about the image's ground")
         return replace(labels, notes=(*notes, *labels.notes))
 
+    def _band(self) -> int:
+        """The band that holds the labels, 1-based.
+
+        Raises:
+            SceneRejected: `missing_band`, or `label_bands` where several bands differ and none is named.
+        """
+        config, raster = self._data.labels, self._raster
+        if config.band:
+            return find_band(raster, config.band, self._data.band_names if config.kind == "band" else ())
+        colours = enumerate(raster.colorinterp, 1)
+        bands = [index for index, colour in colours if colour != ColorInterp.alpha or raster.count == 1]
+        for window in windows(raster) if len(bands) > 1 else ():
+            pixels = read_window(raster, bands, window)
+            if not (pixels == pixels[:1]).all():
+                name = Path(self._scene.label).name
+                raise SceneRejected(
+                    "label_bands", f"{name} has {len(bands)} bands that differ: name one in labels.band"
+                )
+        return bands[0]
+
     def _on_grid(self, band: int) -> tuple[NDArray[Any], NDArray[np.bool_], list[str]]:
         """Label values on the primary grid and where there are none."""
         grid, name = self._grid, Path(self._scene.label or self._scene.image).name
         shape = (grid.height, grid.width)
+        notes: list[str] = []
         if not self._raster.crs:
             if (self._raster.height, self._raster.width) != shape:
                 raise SceneRejected("label_grid", f"{name} has no CRS and another size than the image")
-            values = self._raster.read(band)
-            nodata = self._raster.nodata
-            missing = np.zeros(shape, np.bool_) if nodata is None else values == nodata
-            return values, missing, [f"label_no_crs: {name} has no CRS; it is laid on the image pixel by pixel"]
-        layer = Layer(self._raster, grid, self._stack, "nearest", max(self._data.labels.max_shift_px, EXACT_PX))
+            if self._raster.transform.is_identity:
+                notes.append(f"label_no_crs: {name} has no CRS; it is laid on the image pixel by pixel")
+                return *self._by_index(band), notes
+            notes.append(f"label_no_crs: {name} has no CRS; its transform is taken in that of the image")
+        # Whole pixels are moved, never snapped away: beyond half a pixel the nearest one is another.
+        snap = max(min(self._data.labels.max_shift_px, _HALF_PX), EXACT_PX)
+        # Nodata 0 in labels means background: within the file's extent that is known.
+        layer = Layer(self._raster, grid, self._stack, "nearest", snap, grid.crs_wkt, zero_is_valid=True)
         stored, bad = layer.read([band], 0, 0, *shape)
         missing = np.zeros(shape, np.bool_) if bad[0] is None else bad[0]
-        notes: list[str] = []
-        if layer.shift is not None and EXACT_PX < layer.shift <= self._data.labels.max_shift_px:
+        if layer.shift is not None and layer.shift > EXACT_PX and not layer.warped:
             notes.append(f"label_shift: {name} lies {layer.shift:.2f} px off the image's grid; taken as the same grid")
         elif layer.warped:
             notes.append(f"label_grid: {name} is on another grid; aligned by coordinates (nearest)")
@@ -135,3 +174,11 @@ class LabelReader:
             if covered < 0.99 and self._raster.nodata is None:
                 notes.append(f"label_coverage: {name} covers {covered:.0%} of the image; the rest is unlabelled")
         return stored[0], missing, notes
+
+    def _by_index(self, band: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Label values of a file as large as the image and stored as it is, and where there are none."""
+        values = read_window(self._raster, [band])[0]
+        rows, cols = self._flips
+        values = np.ascontiguousarray(values[:: -1 if rows else 1, :: -1 if cols else 1])
+        bad = invalid(values, self._raster.nodata) if self._raster.nodata else None
+        return values, np.zeros(values.shape, np.bool_) if bad is None else bad

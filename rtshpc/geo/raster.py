@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import stat
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
+import shapely
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from rtshpc.core.errors import SceneRejected, guess
+from rtshpc.core.errors import RtshpcError, SceneRejected, guess
 
 Mask = NDArray[np.bool_]
 
@@ -27,9 +31,34 @@ MAX_PIXELS = 2_000_000_000
 _MAX_BLOCK_BYTES = 1 << 30
 _BOMB_BYTES = 1 << 26
 _BOMB_RATIO = 20_000
-_FLOAT_LIMIT = 3.4028234e38
+FLOAT_LIMIT = 3.4028234e38
+"""Nodata beyond is compared with tolerance, for writers round the limit of the type."""
+_RGB = ["red", "green", "blue"]
 
 _MAGIC = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file", b"%PDF": "a PDF", b"\x89HDF": "an HDF5 file"}
+
+
+_FAILURES = (
+    *(RasterioError, CPLE_BaseError, shapely.errors.ShapelyError, OSError, RuntimeError),
+    *(ValueError, TypeError, ArithmeticError, MemoryError),
+)
+"""What libraries raise on files that nobody foresaw; those of PROJ and pyogrio are RuntimeErrors."""
+
+
+@contextmanager
+def rejecting(name: str) -> Iterator[None]:
+    """Turn whatever a library fails on while it reads `name` into a rejection: one file never stops the others.
+
+    Raises:
+        SceneRejected: `unreadable`, with what the library said.
+    """
+    try:
+        yield
+    except RtshpcError:
+        raise
+    except _FAILURES as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise SceneRejected("unreadable", f"{name}: {text[:300]}") from error
 
 
 @dataclass(frozen=True)
@@ -80,10 +109,13 @@ def open_raster(path: Path | str, max_pixels: int = MAX_PIXELS) -> DatasetReader
 def _head(path: Path) -> bytes:
     """The first bytes of a file that is there, is not empty and is no stand-in for another."""
     try:
+        # Opening a pipe waits for its writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SceneRejected("not_a_file", f"{path} is a folder, a pipe or a device, not a file")
         with path.open("rb") as file:
             head = file.read(256)
-    except OSError as error:
-        raise SceneRejected("missing_file", f"{path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise SceneRejected("missing_file", f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not head:
         raise SceneRejected("empty_file", f"{path.name} has 0 bytes: a failed copy or download")
     if head.startswith(b"version https://git-lfs"):
@@ -227,10 +259,26 @@ def find_band(dataset: DatasetReader, wanted: str, given: Sequence[str] = ()) ->
     return found[0]
 
 
+def swapped_colours(dataset: DatasetReader, indexes: Sequence[int]) -> str:
+    """What is wrong with taking the 1-based bands `indexes` by number: colours out of the order red, green, blue."""
+    stored = [colour.name for colour in dataset.colorinterp]
+    taken = [stored[index - 1] for index in indexes if stored[index - 1] in _RGB]
+    if any(dataset.descriptions) or len(taken) < 2 or taken == [name for name in _RGB if name in taken]:
+        return ""
+    return f"{Path(dataset.name).name}: bands are stored as {', '.join(stored)}; taken by number, red is blue"
+
+
 def scaling(dataset: DatasetReader, index: int) -> tuple[float, float]:
-    """(scale, offset) of a band: physical = stored * scale + offset. Both default to (1, 0)."""
-    scale, offset = dataset.scales[index - 1], dataset.offsets[index - 1]
-    return (float(scale) if scale else 1.0, float(offset) if offset else 0.0)
+    """(scale, offset) of a band: physical = stored * scale + offset. Both default to (1, 0); a scale of 0 is none.
+
+    Raises:
+        SceneRejected: `bad_scale`, where one of them is no finite number.
+    """
+    scale, offset = float(dataset.scales[index - 1]), float(dataset.offsets[index - 1])
+    if not math.isfinite(scale) or not math.isfinite(offset):
+        detail = f"{Path(dataset.name).name}: band {index} has scale {scale:g}, offset {offset:g}"
+        raise SceneRejected("bad_scale", detail)
+    return scale or 1.0, offset
 
 
 def has_mask(dataset: DatasetReader) -> bool:
@@ -247,8 +295,8 @@ def invalid(band: NDArray[Any], nodata: float | None) -> Mask | None:
     if band.dtype.kind == "f":
         bad = ~np.isfinite(band)
         if nodata is not None and math.isfinite(nodata):
-            if abs(nodata) >= _FLOAT_LIMIT:
-                bad |= band >= _FLOAT_LIMIT if nodata > 0 else band <= -_FLOAT_LIMIT
+            if abs(nodata) >= FLOAT_LIMIT:
+                bad |= band >= FLOAT_LIMIT if nodata > 0 else band <= -FLOAT_LIMIT
             else:
                 bad |= band == band.dtype.type(nodata)
         return bad if bad.any() else None

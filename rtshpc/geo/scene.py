@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,29 +13,25 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 
-from rtshpc.core.config import DataConfig, ModalityConfig
+from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
-from rtshpc.core.modality import Expression
 from rtshpc.core.scenes import Scene
-from rtshpc.geo.align import Layer, upright
+from rtshpc.geo.align import Bound, Layer, absent, bind, odd_bands, upright, valid_in, values_of
 from rtshpc.geo.chips import ChipBox
 from rtshpc.geo.crs import trusted_grid
 from rtshpc.geo.instances import InstanceMap, cut
 from rtshpc.geo.labels import LabelReader
-from rtshpc.geo.raster import Grid, Mask, find_band, open_raster, scaling
+from rtshpc.geo.raster import Grid, Mask, open_raster
 
 WHOLE_BYTES = 256 << 20
 """Scenes up to this size are decoded once and cut in memory; larger ones are read chip by chip."""
 _FEWEST_BLOCK = 1024
-
-FUNCTIONS: Mapping[str, Any] = {
-    "min": np.minimum,
-    "max": np.maximum,
-    "abs": np.abs,
-    "sqrt": np.sqrt,
-    "log": np.log,
-    "exp": np.exp,
-}
+_COVERED = 0.9
+"""A modality that is valid on less of the primary's ground is told."""
+_ZEROS = 0.05
+"""A share of undeclared zeros that is told."""
+_FEWEST_BANDS = 3
+"""Zero in so many bands at once is no measurement."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +45,6 @@ class ChipPixels:
 
     pixels: dict[str, NDArray[Any]]
     valid: dict[str, Mask]
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A modality bound to bands of a layer; `layer` None = the scene lacks it."""
-
-    name: str
-    config: ModalityConfig
-    layer: Layer | None
-    indexes: tuple[int, ...]
-    scales: tuple[tuple[float, float], ...]
-    expression: Expression | None
-
-    @property
-    def physical(self) -> bool:
-        """Whether pixels are turned into float32 physical values when read."""
-        return self.expression is not None or len(set(self.scales)) > 1
 
 
 @dataclass
@@ -86,12 +65,13 @@ class OpenScene:
     scaling: dict[str, tuple[float, float]]
     missing: frozenset[str]
     _data: DataConfig
-    _bound: list[_Bound]
+    _bound: list[Bound]
     _image: Layer | None
     _labels: LabelReader | None
     _wanted: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     _whole: ChipPixels | None = None
     _instances: InstanceMap | None = None
+    _zeros: int = 0
 
     def read(self, chip: ChipBox) -> ChipPixels:
         """Pixels and validity of a chip; what lies beyond the scene is 0 and invalid.
@@ -132,7 +112,7 @@ class OpenScene:
         return sum(int(part.valid[self._data.primary].sum()) for _, part in self._blocks()) / pixels
 
     def _prepare(self, whole_bytes: int) -> None:
-        """Decode small scenes at once; refuse scenes without enough valid ground, reading no more than needed."""
+        """Decode small scenes at once; refuse scenes without enough valid ground or without a modality."""
         for bound in self._bound:
             if bound.layer is not None:
                 wanted = self._wanted.setdefault(id(bound.layer), [])
@@ -143,26 +123,64 @@ class OpenScene:
         item_bytes = sum(len(wanted) * items[layer] for layer, wanted in self._wanted.items())
         if self.grid.height * self.grid.width * item_bytes <= whole_bytes:
             self._whole = self._read(0, 0, self.grid.height, self.grid.width)
-            valid = float(self._whole.valid[self._data.primary].mean())
-        else:
-            valid = self._at_least(self._data.min_valid_fraction)
-        if valid == 0:
-            raise SceneRejected(
-                "all_nodata", f"{Path(self.scene.image).name}: no pixel of {self._data.primary} is valid"
+        seen, valid = self._survey()
+        name, primary = Path(self.scene.image).name, self._data.primary
+        if self._zeros >= _ZEROS * seen:
+            self.warnings.append(
+                f"undeclared_missing: {name}: {self._zeros / seen:.1%} is 0 in all bands that are read"
             )
-        if valid < self._data.min_valid_fraction:
-            detail = f"{Path(self.scene.image).name}: {valid:.2%} of {self._data.primary} is valid"
-            raise SceneRejected("almost_empty", detail)
+        if valid[primary] == 0:
+            raise SceneRejected("all_nodata", f"{name}: no pixel of {primary} is valid, or all are an undeclared 0")
+        share = valid[primary] / (self.grid.height * self.grid.width)
+        if share < self._data.min_valid_fraction:
+            raise SceneRejected("almost_empty", f"{name}: {share:.2%} of {primary} is valid")
+        for at, bound in enumerate(self._bound):
+            covered = valid[bound.name] / valid[primary]
+            if bound.layer is None or covered >= _COVERED:
+                continue
+            if covered == 0:
+                self._leave_out(at, f"{bound.name} has no valid pixel where {primary} has")
+            else:
+                detail = f"{bound.name} is valid on {covered:.0%} of the ground of {primary}"
+                self.warnings.append(f"sparse_modality: {self.scene.id}: {detail}")
 
-    def _at_least(self, share: float) -> float:
-        """The valid share, or a lower bound that already reaches `share`; blocks are read in scattered order."""
+    def _survey(self) -> tuple[int, dict[str, int]]:
+        """Pixels looked at, and in how many each modality and the primary one are valid.
+
+        A large scene is read in scattered blocks, no more of them than it takes to know that it can be used.
+        """
         pixels = self.grid.height * self.grid.width
-        found = 0
-        for _, part in self._blocks(scattered=True):
-            found += int(part.valid[self._data.primary].sum())
-            if found > 0 and found >= share * pixels:
+        first = next(bound for bound in self._bound if bound.name == self._data.primary)
+        declared = first.layer is None or not first.layer.undeclared or self._data.missing_value is not None
+        seen, valid, something = 0, dict.fromkeys(self._data.modalities, 0), declared or first.physical
+        parts = [self._whole] if self._whole is not None else (part for _, part in self._blocks(scattered=True))
+        for part in parts:
+            good = part.valid[first.name]
+            seen += good.size
+            for name, mask in part.valid.items():
+                valid[name] += int(np.count_nonzero(mask & good))
+            something = something or bool(((part.pixels[first.name] != 0).any(axis=0) & good).any())
+            known = something and all(valid[bound.name] for bound in self._bound if bound.layer is not None)
+            if known and valid[first.name] >= self._data.min_valid_fraction * pixels:
                 break
-        return found / pixels
+        return seen, valid if something else dict.fromkeys(valid, 0)
+
+    def _leave_out(self, at: int, why: str) -> None:
+        """Go on without a modality.
+
+        Raises:
+            SceneRejected: `missing_modality`, where it is required.
+        """
+        bound = self._bound[at]
+        if bound.config.required:
+            raise SceneRejected("missing_modality", f"{self.scene.id}: {why}")
+        self.warnings.append(f"missing_modality: {self.scene.id}: {why}; it is left out")
+        self._bound[at] = Bound(bound.name, bound.config, None, (), ((1.0, 0.0),), None)
+        self.missing |= {bound.name}
+        self.scaling[bound.name] = (1.0, 0.0)
+        if self._whole is not None:
+            empty = absent(bound.config, self.grid.height, self.grid.width)
+            self._whole.pixels[bound.name], self._whole.valid[bound.name] = empty
 
     def _blocks(self, scattered: bool = False) -> Iterator[tuple[tuple[int, int], ChipPixels]]:
         size = _FEWEST_BLOCK
@@ -208,63 +226,32 @@ class OpenScene:
         everywhere.flags.writeable = False
         for bound in self._bound:
             if bound.layer is None:
-                result.pixels[bound.name] = np.zeros((bound.config.channels, height, width), np.uint8)
-                result.valid[bound.name] = np.zeros((height, width), np.bool_)
+                result.pixels[bound.name], result.valid[bound.name] = absent(bound.config, height, width)
                 continue
             pixels, bad = layers[id(bound.layer)]
             at = [self._wanted[id(bound.layer)].index(index) for index in bound.indexes]
             key = (id(bound.layer), tuple(sorted(at)))
             if key not in shared:
-                shared[key] = _valid([bad[index] for index in set(at)], everywhere)
-            values, valid = _values(bound, pixels, at, shared[key])
+                shared[key] = valid_in([bad[index] for index in set(at)], everywhere)
+            values, valid = values_of(bound, pixels, at, shared[key])
             result.pixels[bound.name], result.valid[bound.name] = values, valid
         return result
 
     def _with_missing(self, layer: Layer, stored: tuple[NDArray[Any], list[Mask | None]]) -> Any:
-        """Add undeclared missing pixels of the image: all bands that are read hold `missing_value`."""
+        """Add undeclared missing pixels of the image: all bands that are read hold `missing_value`.
+
+        Where neither the config nor the file says what is missing, it is 0 in three bands or more.
+        """
         value = self._data.missing_value
         pixels, bad = stored
-        if value is None or layer is not self._image:
+        implied = value is None and layer.undeclared and len(pixels) >= _FEWEST_BANDS
+        if layer is not self._image or (value is None and not implied):
             return stored
-        empty = (pixels == value).all(axis=0)
+        empty = (pixels == (0 if implied else value)).all(axis=0)
         if not empty.any():
             return stored
+        self._zeros += int(np.count_nonzero(empty)) if implied else 0
         return pixels, [empty if mask is None else mask | empty for mask in bad]
-
-
-def _valid(bad: list[Mask | None], everywhere: Mask) -> Mask:
-    masks = [mask for mask in bad if mask is not None]
-    if not masks:
-        return everywhere
-    joined = masks[0] if len(masks) == 1 else np.logical_or.reduce(masks)
-    return ~joined
-
-
-def _values(bound: _Bound, pixels: NDArray[Any], at: list[int], valid: Mask) -> tuple[NDArray[Any], Mask]:
-    """A modality's pixels (C, H, W): a view of the stored bands where they lie in order, else a copy."""
-    if bound.physical:
-        with np.errstate(all="ignore"):
-            bands = [
-                pixels[index].astype(np.float32) * np.float32(scale) + np.float32(offset)
-                for index, (scale, offset) in zip(at, bound.scales, strict=True)
-            ]
-            if bound.expression is None:
-                values = np.stack(bands)
-            else:
-                named = dict(zip(bound.expression.names, bands, strict=True))
-                values = np.asarray(bound.expression.evaluate(named, FUNCTIONS), np.float32)[None]
-        finite = np.isfinite(values).all(axis=0)
-        valid = valid if finite.all() else valid & finite
-        scale, offset = 1.0, 0.0
-    else:
-        values = pixels[at[0] : at[-1] + 1] if at == list(range(at[0], at[0] + len(at))) else pixels[at]
-        scale, offset = bound.scales[0]
-    if bound.config.valid_range is not None:
-        low, high = sorted((limit - offset) / scale for limit in bound.config.valid_range)
-        # 0.3 / 1e-4 is a little less than 3000, which is meant.
-        low, high = low - 1e-9 * abs(low), high + 1e-9 * abs(high)
-        valid = valid & ((values >= low) & (values <= high)).all(axis=0)
-    return values, valid
 
 
 def _cut(part: ChipPixels, box: ChipBox) -> ChipPixels:
@@ -307,13 +294,15 @@ def _cache_bytes(data: DataConfig) -> int:
 def _open(scene: Scene, data: DataConfig, with_labels: bool, stack: ExitStack) -> OpenScene:
     first = data.modalities[data.primary]
     primary = scene.files.get(data.primary, "") if first.file else scene.image
+    if not scene.image:
+        raise SceneRejected("missing_file", f"{scene.id}: the index gives no image, or no name for it")
     if not primary:
         raise SceneRejected("missing_modality", f"{scene.id} has no file for the primary modality {data.primary}")
     dataset = stack.enter_context(open_raster(primary, data.max_pixels))
-    stored, findings = trusted_grid(dataset)
-    grid = upright(stored)[0]
+    stored, findings = trusted_grid(dataset, whole=True)
+    grid, *flips = upright(stored)
     layers = {primary: (dataset, Layer(dataset, grid, stack))}
-    bound: list[_Bound] = []
+    bound: list[Bound] = []
     warnings = [f"{finding.reason}: {finding.detail}" for finding in findings]
     for name, modality in data.modalities.items():
         path = scene.files.get(name, "") if modality.file else scene.image
@@ -324,22 +313,19 @@ def _open(scene: Scene, data: DataConfig, with_labels: bool, stack: ExitStack) -
                 other = stack.enter_context(open_raster(path, data.max_pixels))
                 trusted_grid(other)
                 layers[path] = (other, Layer(other, grid, stack, modality.resampling))
-            bound.append(_bind(name, modality, data, *layers[path]))
+            bound.append(bind(name, modality, data, *layers[path]))
+            warnings += odd_bands(*layers[path], bound[-1])
         except SceneRejected as error:
             if modality.required or name == data.primary:
                 raise
             warnings.append(f"{error.reason}: modality {name} is left out: {error.detail}")
-            bound.append(_Bound(name, modality, None, (), ((1.0, 0.0),), None))
+            bound.append(Bound(name, modality, None, (), ((1.0, 0.0),), None))
     image = layers[scene.image][1] if scene.image in layers else None
-    labels = LabelReader(scene, data, grid, stack) if with_labels and data.labels.kind != "none" else None
+    labels = (
+        LabelReader(scene, data, grid, stack, (flips[0], flips[1]))
+        if with_labels and data.labels.kind != "none"
+        else None
+    )
     units = {one.name: (1.0, 0.0) if one.physical else one.scales[0] for one in bound}
     missing = frozenset(one.name for one in bound if one.layer is None)
     return OpenScene(scene, grid, warnings, units, missing, data, bound, image, labels)
-
-
-def _bind(name: str, modality: ModalityConfig, data: DataConfig, dataset: Any, layer: Layer) -> _Bound:
-    given = () if modality.file else data.band_names
-    expression = Expression(modality.expression, f"modalities.{name}.expression") if modality.expression else None
-    names = expression.names if expression else modality.bands
-    indexes = tuple(find_band(dataset, band, given) for band in names)
-    return _Bound(name, modality, layer, indexes, tuple(scaling(dataset, index) for index in indexes), expression)

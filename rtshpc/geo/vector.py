@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyogrio
 import shapely
-from pyogrio.errors import DataSourceError
 
 from rtshpc.core.errors import SceneRejected, guess
 from rtshpc.geo.crs import LONLAT, corners, transformer
@@ -29,6 +29,7 @@ class Polygons:
         ignore: regions where nothing is known.
         total: polygons in the file, touching or not.
         swapped: none touches, but they would with x and y exchanged.
+        dropped: features of the file without a polygon.
     """
 
     labels: list[Any]
@@ -36,6 +37,7 @@ class Polygons:
     ignore: list[Any]
     total: int
     swapped: bool
+    dropped: int = 0
 
 
 def footprint(grid: Grid) -> Any:
@@ -61,22 +63,30 @@ def read_polygons(
     sniff_text(path)
     wanted = [name for name in (class_property, ignore_property) if name]
     try:
-        meta, _, blobs, columns = pyogrio.raw.read(path, columns=wanted, force_2d=True)
-        shapes = shapely.from_wkb(blobs)
-    except (DataSourceError, ValueError, shapely.errors.ShapelyError) as error:
+        with warnings.catch_warnings():
+            # An open ring and the like are told by what becomes of the geometry.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            meta, _, blobs, columns = pyogrio.raw.read(path, columns=wanted, force_2d=True)
+        shapes = _unpacked(shapely.from_wkb(blobs))
+    except (RuntimeError, ValueError, shapely.errors.ShapelyError) as error:
         raise SceneRejected("label_unreadable", f"{path.name}: {' '.join(str(error).split())[:200]}") from None
+    if shapes is None:
+        raise SceneRejected("label_unreadable", f"{path.name} holds no geometry")
     for name in wanted:
         if name not in meta["fields"] and len(shapes):
             raise SceneRejected("label_class", f'{path.name} has no property "{name}"')
     kept = np.flatnonzero(_areal(shapes))
     if not kept.size:
+        if len(shapes):
+            detail = f"{path.name} holds {len(shapes)} features and no polygons among them"
+            raise SceneRejected("label_unreadable", detail)
         return Polygons([], [], [], 0, False)
     if not meta["crs"]:
         raise SceneRejected("label_no_crs", f"{path.name} has no CRS")
     values = dict(zip(list(meta["fields"]), columns, strict=True))
     ground, swapped = _on_grid(shapes[kept], meta["crs"], grid)
     touching = [(index, shape) for index, shape in zip(kept, ground, strict=True) if shape is not None]
-    result = Polygons([], [], [], len(kept), swapped)
+    result = Polygons([], [], [], len(kept), swapped, len(shapes) - len(kept))
     for index, shape in touching:
         if ignore_property and str(values[ignore_property][index]) in ignore_when:
             result.ignore.append(shape)
@@ -84,6 +94,15 @@ def read_polygons(
         result.labels.append(shape)
         result.classes.append(_class(path, values, index, classes, class_property))
     return result
+
+
+def _unpacked(shapes: Any) -> Any:
+    """Geometry collections as the polygons in them; anything else as it is."""
+    if shapes is None:
+        return None
+    mixed = shapely.get_type_id(shapes) == shapely.GeometryType.GEOMETRYCOLLECTION
+    shapes[mixed] = [_polygonal(shape) for shape in shapes[mixed]]
+    return shapes
 
 
 def _areal(shapes: Any) -> Any:
@@ -132,13 +151,13 @@ def _moved(shapes: Any, crs: str, target: str, swap: bool) -> Any:
 
 
 def _polygonal(shape: Any) -> Any:
-    """The areal part of a repaired geometry (repairs may leave lines and points)."""
-    parts = [part for part in shapely.get_parts(shape, return_index=False) if part.area > 0]
-    return shapely.union_all([part for part in _flat(parts) if part.geom_type == "Polygon"])
+    """The areal part of a geometry: of collections, and of repaired ones (repairs may leave lines and points)."""
+    return shapely.union_all([part for part in _flat([shape]) if part.geom_type == "Polygon" and part.area > 0])
 
 
 def _flat(parts: Sequence[Any]) -> list[Any]:
     found: list[Any] = []
     for part in parts:
-        found.extend(shapely.get_parts(part).tolist() if part.geom_type.startswith(("Multi", "Geometry")) else [part])
+        whole = not part.geom_type.startswith(("Multi", "Geometry"))
+        found.extend([part] if whole else _flat(shapely.get_parts(part).tolist()))
     return found

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from rtshpc.core.config import SiteConfig
+from rtshpc.core.config.run import NO_FILE
 from rtshpc.core.errors import RunError
 from rtshpc.core.load import read_run_config
-from rtshpc.core.paths import RunPaths, make_private
+from rtshpc.core.paths import RunPaths, make_private, write_alone
 from rtshpc.hpc.container import command
 from rtshpc.hpc.site import request
 
@@ -58,8 +59,10 @@ def task_command(stage: str, run_dir: str, task: str) -> list[str]:
     paths = RunPaths(Path(run_dir))
     config, _ = read_run_config(paths.config)
     arguments = ["-u", "-m", "rtshpc.stages", stage, "--run-dir", run_dir, "--task", task]
-    root = Path(config.data.root)
-    return command(config.site, arguments, (paths.root, Path.cwd(), root), sys.executable)
+    folders = [paths.root, Path.cwd(), Path(config.data.root)]
+    if config.pretrain.init != NO_FILE:
+        folders.append(Path(config.pretrain.init).parent)
+    return command(config.site, arguments, folders, sys.executable)
 
 
 def become(stage: str, run_dir: str, task: str) -> None:
@@ -68,6 +71,7 @@ def become(stage: str, run_dir: str, task: str) -> None:
     No process waits in between: signals reach the task, and its exit code is the job's, on which
     Slurm's `afterok` depends.
     """
+    write_alone()
     if os.getpid() != os.getsid(0):
         os.setsid()
     line = task_command(stage, run_dir, task)
@@ -118,6 +122,14 @@ def submit(
     return jobs
 
 
+def refuse_unusable(site: SiteConfig, paths: RunPaths) -> None:
+    """Raise RunError where tasks of the run could not be submitted; nothing is written."""
+    if "%" in str(paths.root.absolute()):
+        text = "% in the path of a run is expanded by Submitit and Slurm; take another folder (--runs DIR)"
+        raise RunError(f"{paths.root.absolute()}: {text}")
+    _bare_executor(site, paths.logs)
+
+
 def stop(jobs: Sequence[Job]) -> None:
     """End local jobs and all their processes; returns when they are gone.
 
@@ -162,14 +174,18 @@ def launcher_lives(token: str) -> bool:
     return pid.isdigit() and _started(int(pid)) == started
 
 
-def _executor(site: SiteConfig, folder: Path, stage: str, after: Sequence[str], any_end: bool) -> Any:
-    """A Submitit executor with the site's request."""
+def _bare_executor(site: SiteConfig, folder: Path) -> Any:
     import submitit
 
     try:
-        executor: Any = submitit.AutoExecutor(folder=folder, cluster=site.executor)
+        return submitit.AutoExecutor(folder=folder, cluster=site.executor)
     except RuntimeError as error:
         raise RunError(f"site {site.name}: executor = {site.executor} cannot be used here: {error}") from None
+
+
+def _executor(site: SiteConfig, folder: Path, stage: str, after: Sequence[str], any_end: bool) -> Any:
+    """A Submitit executor with the site's request."""
+    executor = _bare_executor(site, folder)
     if site.executor == "debug":
         return executor
     asked = request(site, stage)

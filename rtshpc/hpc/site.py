@@ -12,7 +12,7 @@ from pathlib import Path
 import rtshpc
 from rtshpc.core.config import SiteConfig
 
-GPU_STAGES = frozenset({"pretrain", "finetune", "evaluate", "measure"})
+GPU_STAGES = frozenset({"pretrain", "features", "finetune", "evaluate", "measure"})
 """Stages that use a GPU where the site has one; the others would let it idle."""
 
 

@@ -9,15 +9,17 @@ from typing import Any
 import click
 
 import rtshpc
+from rtshpc.core.errors import RtshpcError, drop_lost_output, system_sentence
+from rtshpc.core.paths import write_alone
 from rtshpc.launch.commands.doctor import doctor
 from rtshpc.launch.commands.plan import plan
 from rtshpc.launch.commands.report import report
 from rtshpc.launch.commands.retry import retry
 from rtshpc.launch.commands.status import status
 from rtshpc.launch.commands.sweep import sweep
-from rtshpc.launch.commands.tools import check, params
+from rtshpc.launch.commands.tools import check, params, weights
 
-COMMANDS = (sweep, plan, status, retry, report, check, params, doctor)
+COMMANDS = (sweep, plan, status, retry, report, check, params, weights, doctor)
 
 
 class _InOrder(click.Group):
@@ -43,6 +45,7 @@ for command in COMMANDS:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a mistake of the user is one line and exit code 2, Ctrl-C is 130."""
+    write_alone()
     try:
         answer: Any = cli.main(args=arguments, prog_name="python -m rtshpc.launch", standalone_mode=False)
     except click.ClickException as error:
@@ -50,12 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except Exception as error:
-        from rtshpc.core.errors import RtshpcError
-
-        if not isinstance(error, RtshpcError):
-            raise
-        click.echo(f"error: {error}", err=True)
+    except (RtshpcError, OSError) as error:
+        text = system_sentence(error) if isinstance(error, OSError) else str(error)
+        click.echo(f"error: {text}", err=True)
+        drop_lost_output()
         return 2
     return answer if isinstance(answer, int) else 0
 

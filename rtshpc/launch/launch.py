@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from rtshpc.hpc.executor import refuse_unusable
 from rtshpc.launch.display import Display, make_console
 from rtshpc.launch.plan import Plan
 from rtshpc.launch.results import tables
 from rtshpc.launch.schedule import Outcome, Scheduler
-from rtshpc.launch.submit import Ledger, launcher_lock, prepare, refuse_other_data, submit_arrays
+from rtshpc.launch.submit import Ledger, launcher_lock, mend_cells, prepare, refuse_other_data, submit_arrays
 
 
 def launch(make: Callable[[], Plan]) -> int:
@@ -31,9 +32,16 @@ def launch(make: Callable[[], Plan]) -> int:
     console = make_console()
     first = make()
     refuse_other_data(first)
+    if first.todo:
+        refuse_unusable(first.config.site, first.paths)
     with launcher_lock(first.paths):
         plan = make()
         if not plan.todo:
+            if plan.changed:
+                prepare(plan)
+            elif mended := mend_cells(plan):
+                text = f"{plan.paths.root}: wrote {mended} damaged config.yaml of done cells again"
+                console.print(text, markup=False, soft_wrap=True)
             console.print(_nothing_to_do(plan), markup=False, soft_wrap=True)
             _results(console, plan)
             return 0

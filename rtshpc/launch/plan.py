@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rtshpc.core.cell import STAGES, Cell
 from rtshpc.core.config import RunConfig
-from rtshpc.core.errors import RtshpcError, unknown
+from rtshpc.core.config.run import NO_FILE
+from rtshpc.core.errors import ConfigError, RtshpcError, unknown
+from rtshpc.core.features import cell_bytes, chips_to_cache, left_bytes
 from rtshpc.core.grid import cells, finished
+from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Record
-from rtshpc.core.scenes import data_fingerprint, list_scenes
+from rtshpc.core.records import Record, read_plan
+from rtshpc.core.scenes import data_fingerprint, list_scenes, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Plan:
         cells: every cell of the sweep, in stage order.
         done: id -> record of the cells that are done.
         stages: stages asked for (`--until`), in order.
+        changed: the run folder was last left by another config (the site apart) or by a plan of other cells.
     """
 
     config: RunConfig
@@ -37,6 +41,7 @@ class Plan:
     cells: tuple[Cell, ...]
     done: Mapping[str, Record]
     stages: tuple[str, ...]
+    changed: bool = False
 
     @property
     def gather(self) -> Cell:
@@ -47,16 +52,35 @@ class Plan:
     def todo(self) -> list[Cell]:
         """Cells that are missing, in stage order.
 
-        Preprocess tasks are of no use once their shards are gathered; the summary is made anew
-        whenever something else was.
+        Preprocess tasks are of no use once their shards are gathered, nor stored scales once all that trains on
+        them is done; the summary is made anew whenever something else was, or the sweep is not what it was.
         """
         wanted = [cell for cell in self.cells if cell.stage in self.stages and cell.id not in self.done]
         if self.gather.id in self.done:
             wanted = [cell for cell in wanted if cell.stage != "preprocess"]
+        used = {need for cell in wanted if cell.stage == "finetune" for need in cell.needs}
+        last = self.stages[-1] == "features"
+        wanted = [cell for cell in wanted if cell.stage != "features" or last or cell.id in used]
         summaries = [cell for cell in wanted if cell.stage == "summarise"]
-        if len(wanted) == len(summaries) and self.paths.report_page.is_file():
+        if len(wanted) == len(summaries) and self.paths.report_page.is_file() and not self.changed:
             return []
         return wanted
+
+    def features(self) -> dict[str, Any] | None:
+        """Disk that stored scales take, in all and yet to be written; None where nothing is cached."""
+        stored = [cell for cell in self.cells if cell.stage == "features"]
+        if not stored:
+            return None
+        todo = {cell.id for cell in self.todo}
+        chips = chips_to_cache(self.config.data, self.paths, self.gather.id in self.done)
+        root = next(folder for folder in (self.paths.root, *self.paths.root.absolute().parents) if folder.is_dir())
+        return {
+            "chips": {"train": chips.train, "val": chips.val},
+            "exact": chips.exact,
+            "bytes": sum(cell_bytes(cell, chips) for cell in stored),
+            "left_bytes": sum(left_bytes(cell, self.paths, chips) for cell in stored if cell.id in todo),
+            "free_bytes": shutil.disk_usage(root).free,
+        }
 
     def describe(self) -> dict[str, Any]:
         """The plan as JSON: what plan.json holds and `plan --json` prints."""
@@ -85,6 +109,7 @@ class Plan:
                 "todo": sum(cell.stage == stage and cell.id in todo for cell in self.cells),
             }
             for stage in self.stages
+            if any(cell.stage == stage for cell in self.cells)
         ]
         return {
             "run": self.config.name,
@@ -94,6 +119,7 @@ class Plan:
             "data": self.config.data.name,
             "data_fingerprint": self.fingerprint,
             "gather": self.gather.id,
+            "features": self.features(),
             "stages": counts,
             "cells": listed,
         }
@@ -108,7 +134,8 @@ def make_plan(config: RunConfig, runs: Path, until: str | None = None) -> Plan:
         until: last stage; None = all. The shards of preprocess are gathered with it.
 
     Raises:
-        RtshpcError: the data cannot be listed, or there is no such stage.
+        RtshpcError: the data cannot be listed, there is no such stage, `pretrain.init` is no file or another one, or
+            the library of `model.engine` is missing where stages run in this environment.
     """
     return plan_in(config, RunPaths(runs / config.name), until)
 
@@ -116,10 +143,64 @@ def make_plan(config: RunConfig, runs: Path, until: str | None = None) -> Plan:
 def plan_in(config: RunConfig, paths: RunPaths, until: str | None = None) -> Plan:
     """As `make_plan`, for a run folder of any name."""
     fingerprint = fingerprint_of(config, paths)
+    config = with_known_start(config, paths)
     found = cells(config, fingerprint)
     records = {cell.id: finished(cell, paths) for cell in found}
     done = {name: record for name, record in records.items() if record is not None}
-    return Plan(config, paths, fingerprint, tuple(found), done, stages_until(until))
+    stages = stages_until(until)
+    plan = Plan(config, paths, fingerprint, tuple(found), done, stages, _changed(config, found, stages, paths))
+    if any(cell.stage == "pretrain" for cell in plan.todo):
+        _refuse_lost_start(config)
+    if not config.site.image:
+        for cell in plan.todo:
+            if cell.modalities:
+                cell.config.model.require_engine()
+    return plan
+
+
+def _changed(config: RunConfig, found: Sequence[Cell], stages: Sequence[str], paths: RunPaths) -> bool:
+    """Whether config.yaml or plan.json of the run folder say something else; cells of later stages do not count."""
+    try:
+        before, _ = read_run_config(paths.config)
+    except ConfigError:
+        return True
+    listed = read_plan(paths.plan)
+    if listed is None or before.model_copy(update={"site": config.site}) != config:
+        return True
+    rows = {row["id"] for row in listed["cells"] if row["stage"] in stages}
+    return rows != {cell.id for cell in found if cell.stage in stages}
+
+
+def with_known_start(config: RunConfig, paths: RunPaths, remember: bool = False) -> RunConfig:
+    """The config with the SHA-256 of `pretrain.init` in place; hashes are kept only with `remember`.
+
+    A file that is gone is no matter where its hash is known (a run's own config) and nothing trains from it any more.
+
+    Raises:
+        ConfigError: no such file, or not the one that `pretrain.init_sha256` asks for.
+    """
+    start = config.pretrain
+    if start.init == NO_FILE:
+        return config
+    if not start.init_sha256:
+        _refuse_lost_start(config)
+    elif not Path(start.init).is_file():
+        return config
+    try:
+        found = weights_sha256(Path(start.init), paths.weight_hashes, remember)
+    except OSError as error:
+        raise ConfigError(f'pretrain.init = "{start.init}" cannot be read: {error.strerror}') from None
+    if start.init_sha256 not in ("", found):
+        asked = f"pretrain.init_sha256 asks for {start.init_sha256[:12]}"
+        raise ConfigError(f'pretrain.init = "{start.init}" has SHA-256 {found[:12]}, but {asked}')
+    return config.model_copy(update={"pretrain": start.model_copy(update={"init_sha256": found})})
+
+
+def _refuse_lost_start(config: RunConfig) -> None:
+    """Raise ConfigError where pretraining would start from a file that is not there."""
+    start = config.pretrain.init
+    if start != NO_FILE and not Path(start).is_file():
+        raise ConfigError(f'pretrain.init = "{start}": no such file; it is relative to the current folder')
 
 
 def stages_until(until: str | None) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ def headline(record: Record) -> str:
         return f"{results.get('chips')} chips, {results.get('instances')} instances"
     if record.stage in ("pretrain", "finetune"):
         return f"validation AP50 {number(results.get('best_ap50'))}"
+    if record.stage == "features":
+        return f"{number(results.get('bytes'), MIB)} MiB of scales"
     if record.stage == "evaluate":
         return f"mask AP50 {number(_deep(results, 'mask', 'AP50'))}"
     if record.stage == "measure":

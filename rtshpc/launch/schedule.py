@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,5 +134,6 @@ def failure(folder: CellPaths, log: Path) -> str:
     if isinstance(facts, dict) and "error" in facts:
         return str(facts["error"])  # pyright: ignore[reportUnknownArgumentType]
     why = "ended without a record: killed, or out of memory or time"
-    write_json(folder.failure, {"error": why, "kind": "Killed", "traceback": f"see {log}"})
+    with suppress(OSError):  # a full disk, which may be why
+        write_json(folder.failure, {"error": why, "kind": "Killed", "traceback": f"see {log}"})
     return why

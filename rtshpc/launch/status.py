@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from rtshpc.core import records
 from rtshpc.core.cell import STAGES, Cell
 from rtshpc.core.errors import ConfigError, RunError, guess
 from rtshpc.core.grid import finished
@@ -35,11 +36,17 @@ def find_run(name_or_path: str, runs: Path) -> RunPaths:
 
 
 def read_plan(paths: RunPaths) -> dict[str, Any]:
-    """plan.json of a run. Raises RunError when it is absent or not whole."""
-    plan = read_json(paths.plan)
-    if not isinstance(plan, dict):
-        raise RunError(f"{paths.root}: no plan.json; run the sweep again, it goes on where it was")
-    return cast(dict[str, Any], plan)
+    """plan.json of a run. Raises RunError when it is absent, not whole or of another form."""
+    plan = records.read_plan(paths.plan)
+    if plan is None:
+        what = "plan.json is not what a sweep writes" if paths.plan.exists() else "no plan.json"
+        raise RunError(f"{paths.root}: {what}; run the sweep again, it goes on where it was")
+    return plan
+
+
+def read_ledger(paths: RunPaths) -> list[dict[str, Any]]:
+    """The submissions of a run, oldest first; lines that name no cell and job are left out."""
+    return [row for row in read_lines(paths.ledger) if "cell" in row and "job" in row]
 
 
 def planned_cells(paths: RunPaths) -> list[Cell]:
@@ -60,7 +67,7 @@ def run_status(paths: RunPaths) -> dict[str, Any]:
         attempts, job, log, error, progress}], finished: bool}.
     """
     plan = read_plan(paths)
-    last = {str(entry["cell"]): entry for entry in read_lines(paths.ledger)}
+    last = {str(entry["cell"]): entry for entry in read_ledger(paths)}
     queued = slurm_states([str(entry["job"]) for entry in last.values() if entry.get("executor") == "slurm"])
     rows: list[dict[str, Any]] = []
     lost: set[str] = set()
@@ -72,6 +79,7 @@ def run_status(paths: RunPaths) -> dict[str, Any]:
             lost.add(row["id"])
         rows.append(row)
     _preprocess_over(rows)
+    _features_over(rows, plan["cells"])
     stages = [
         {"stage": stage, **_counts([row for row in rows if row["stage"] == stage])}
         for stage in STAGES
@@ -94,6 +102,16 @@ def _preprocess_over(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if row["stage"] == "preprocess" and row["state"] in ("waiting", "failed"):
                 row["state"] = "done"
+
+
+def _features_over(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> None:
+    """Stored scales that were deleted are of no use once all that trains on them is done."""
+    undone = {row["id"] for row in rows if row["stage"] == "finetune" and row["state"] != "done"}
+    used = {need for cell in cells if cell["id"] in undone for need in cell["needs"]}
+    trained = any(row["stage"] == "finetune" for row in rows)
+    for row in rows:
+        if trained and row["stage"] == "features" and row["state"] == "waiting" and row["id"] not in used:
+            row["state"] = "done"
 
 
 def _cell_status(
@@ -126,7 +144,7 @@ def _cell_status(
         "seconds": record.seconds if record is not None else None,
         "attempts": len(read_lines(folder.attempts)),
         "job": entry["job"] if entry is not None else None,
-        "log": entry["log"] if entry is not None else None,
+        "log": entry.get("log") if entry is not None else None,
         "error": error if state == "failed" else None,
         "progress": read_json(folder.progress) if state == "running" else None,
     }
@@ -135,7 +153,7 @@ def _cell_status(
 def is_locked(path: Path) -> bool:
     """Whether a process holds this lock; False where the file system cannot tell."""
     try:
-        with path.open("r+") as file:
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -10,13 +11,17 @@ from typing import Any, cast
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.errors import ConfigError, RunError
-from rtshpc.core.load import read_run_config, write_cell, write_run_config
+from rtshpc.core.load import read_cell, read_run_config, write_cell, write_run_config
 from rtshpc.core.paths import RunPaths, make_private
-from rtshpc.core.records import append_line, read_json, read_lines, write_json
+from rtshpc.core.records import append_line, read_plan, write_json
 from rtshpc.hpc.container import image_facts
 from rtshpc.hpc.executor import Job, slurm_states, submit
 from rtshpc.hpc.site import code_version
-from rtshpc.launch.plan import Plan, fingerprint_of
+from rtshpc.launch.plan import Plan, fingerprint_of, with_known_start
+from rtshpc.launch.status import read_ledger
+
+LOCK_SECONDS = 2.0
+"""How long a launcher tries for its run: `status` holds the lock for an instant to see whether it is held."""
 
 
 class Ledger:
@@ -24,7 +29,7 @@ class Ledger:
 
     def __init__(self, paths: RunPaths) -> None:
         self._path = paths.ledger
-        self.entries: list[dict[str, Any]] = read_lines(paths.ledger)
+        self.entries = read_ledger(paths)
 
     def add(self, cell: Cell, job: Job, executor: str) -> None:
         """Note one submission."""
@@ -51,15 +56,21 @@ def launcher_lock(paths: RunPaths) -> Generator[None]:
     """Be the run's only launcher. Raises RunError when another one is at work."""
     make_private(paths.root)
     with paths.lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{paths.root}: another launcher works on this run; wait for it, or see `status`") from None
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    text = "another launcher works on this run; wait for it, or see `status`"
+                    raise RunError(f"{paths.root}: {text}") from None
+                time.sleep(0.05)
         yield
 
 
 def prepare(plan: Plan) -> None:
-    """Write config.yaml, plan.json and the configs of the cells to do; the run's lock is held.
+    """Write config.yaml, plan.json and the configs of the cells to do or damaged; the run's lock is held.
 
     Raises:
         RunError: the folder's shards hold other data, or the image is missing.
@@ -68,6 +79,7 @@ def prepare(plan: Plan) -> None:
     refuse_other_data(plan)
     paths.create()
     fingerprint_of(plan.config, paths, remember=True)
+    with_known_start(plan.config, paths, remember=True)
     provenance = {
         "commit": code_version(),
         "data_fingerprint": plan.fingerprint,
@@ -75,18 +87,38 @@ def prepare(plan: Plan) -> None:
     }
     write_run_config(paths.config, plan.config, provenance)
     for cell in plan.todo:
-        folder = make_private(paths.cell(cell.id).root)
-        write_cell(folder / paths.cell(cell.id).config.name, cell)
+        _write_cell(paths, cell)
+    mend_cells(plan)
     write_json(paths.plan, plan.describe())
+
+
+def mend_cells(plan: Plan) -> int:
+    """Write the configs of done cells that do not read back as theirs; gives how many."""
+    mended = 0
+    for cell in plan.cells:
+        if cell.id not in plan.done:
+            continue
+        try:
+            whole = read_cell(plan.paths.cell(cell.id).config).id == cell.id
+        except ConfigError:
+            whole = False
+        if not whole:
+            _write_cell(plan.paths, cell)
+            mended += 1
+    return mended
+
+
+def _write_cell(paths: RunPaths, cell: Cell) -> None:
+    make_private(paths.cell(cell.id).root)
+    write_cell(paths.cell(cell.id).config, cell)
 
 
 def refuse_other_data(plan: Plan) -> None:
     """Raise RunError when shards were made here from other data: one run folder holds one data set."""
-    old = read_json(plan.paths.plan)
-    if not isinstance(old, dict):
+    facts = read_plan(plan.paths.plan)
+    if facts is None:
         return
-    facts = cast(dict[str, Any], old)
-    made = [cell for cell in facts.get("cells", []) if cell["stage"] == "preprocess"]
+    made = [cell for cell in facts["cells"] if cell["stage"] == "preprocess"]
     kept = any(plan.paths.cell(str(cell["id"])).record.is_file() for cell in made)
     if not kept or facts.get("gather") in (None, plan.gather.id):
         return
@@ -140,7 +172,7 @@ def submit_arrays(plan: Plan, ledger: Ledger) -> tuple[list[Cell], list[Cell]]:
     Raises:
         RunError: Slurm cannot be used from here.
     """
-    known = {entry["cell"]: str(entry["job"]) for entry in ledger.entries if entry["executor"] == "slurm"}
+    known = {entry["cell"]: str(entry["job"]) for entry in ledger.entries if entry.get("executor") == "slurm"}
     todo = {cell.id: cell for cell in plan.todo}
     states = slurm_states([known[name] for name in todo if name in known])
     if states is None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rtshpc.core.config import ModelConfig
 from rtshpc.core.errors import ConfigError, ShapeError
+from rtshpc.model.detections import Detections
 from rtshpc.model.heads.cascade import CascadeHeads
 from rtshpc.model.heads.rpn import RPN
 from rtshpc.model.heads.sampling import Draw
@@ -31,9 +32,19 @@ class Detector(nn.Module):
         modalities: names, the primary first.
         channels: bands of each modality.
         frozen: the backbones are frozen.
+        own_batch_norm_sync: batch norms of the heads synchronise processes by themselves.
     """
 
-    def __init__(self, model: ModelConfig, channels: Mapping[str, int], classes: int, frozen: bool = False) -> None:
+    own_batch_norm_sync = False
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        channels: Mapping[str, int],
+        classes: int,
+        frozen: bool = False,
+        cached: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.channels = dict(channels)
@@ -41,7 +52,7 @@ class Detector(nn.Module):
         self.classes = classes
         self.frozen = frozen
         heads = CascadeHeads if model.roi.kind == "cascade" else StandardHeads
-        self.backbone = Pyramid(model, channels, frozen)
+        self.backbone = Pyramid(model, channels, frozen, cached)
         self.proposal_generator = RPN(model.rpn, model.pyramid_channels)
         self.roi_heads = heads(model.roi, model.pyramid_channels, classes)
 
@@ -51,6 +62,7 @@ class Detector(nn.Module):
         targets: Sequence[Target] | None = None,
         seeds: Sequence[int] | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
+        scales: Mapping[str, tuple[Tensor, ...]] | None = None,
     ) -> Any:
         """Losses by Detectron2's names in training mode, else one `Detections` an image.
 
@@ -60,21 +72,46 @@ class Detector(nn.Module):
             seeds: one an image, for its choices of anchors and RoIs and for drop path; None takes the first
                 candidates in index order and drops nothing.
             sizes: (height, width) of each image where the batch is already padded; None = all of H and W.
+            scales: four backbone scales of each modality, given instead of `images` (which is empty then) and
+                together with `sizes`.
 
         Raises:
             ShapeError: modalities, bands or batch sizes do not agree.
         """
-        inputs, sizes = self.prepare(images, sizes)
+        if scales is None:
+            inputs, sizes = self.prepare(images, sizes)
+            device = inputs[self.modalities[0]].device
+        elif sizes is None or set(scales) != set(self.modalities):
+            raise ShapeError(f"scales of {', '.join(scales)}: takes {', '.join(self.modalities)} and the images' sizes")
+        else:
+            inputs, device = {}, scales[self.modalities[0]][0].device
         if not self.training:
-            levels = self.backbone(inputs, {})
-            proposals, _ = self.proposal_generator(levels, sizes)
-            return self.roi_heads(levels, [boxes for boxes, _ in proposals], sizes)[0]
+            return self.detect(inputs, sizes, scales)
         if targets is None or len(targets) != len(sizes) or (seeds is not None and len(seeds) != len(sizes)):
             raise ShapeError(f"training takes one target and one seed (or no seeds) for each of {len(sizes)} images")
-        device = inputs[self.modalities[0]].device
         targets = [target.to(device) for target in targets]
         draws = [Draw(seed) for seed in seeds] if seeds is not None else [Draw(None)] * len(sizes)
-        levels = self.backbone(inputs, self._drop_draws(draws, device))
+        return self.losses(inputs, sizes, scales, targets, draws, self._drop_draws(draws, device))
+
+    def detect(
+        self, inputs: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], scales: Mapping[str, Any] | None
+    ) -> list[Detections]:
+        """Instances of prepared images (or of their backbone scales)."""
+        levels = self.backbone(inputs, {}) if scales is None else self.backbone.levels(scales)
+        proposals, _ = self.proposal_generator(levels, sizes)
+        return self.roi_heads(levels, [boxes for boxes, _ in proposals], sizes)[0]
+
+    def losses(
+        self,
+        inputs: Mapping[str, Tensor],
+        sizes: Sequence[tuple[int, int]],
+        scales: Mapping[str, Any] | None,
+        targets: Sequence[Target],
+        draws: Sequence[Draw],
+        drops: Mapping[str, Tensor | None],
+    ) -> dict[str, Tensor]:
+        """Losses of prepared images (or of their backbone scales); `drops` are uniform numbers for drop path."""
+        levels = self.backbone(inputs, drops) if scales is None else self.backbone.levels(scales)
         proposals, losses = self.proposal_generator(levels, sizes, targets, draws)
         _, more = self.roi_heads(levels, [boxes for boxes, _ in proposals], sizes, targets, draws)
         return {**more, **losses}
@@ -92,7 +129,7 @@ class Detector(nn.Module):
             wanted = (first[0], self.channels[name], *first[2:])
             if tuple(x.shape) != wanted:
                 raise ShapeError(f"images[{name!r}] is {tuple(x.shape)}, must be {wanted}")
-            x = x.expand(-1, 3, -1, -1) if self.channels[name] == 1 else x
+            x = x.expand(-1, 3, -1, -1) if self.channels[name] == 1 and not self.backbone.early else x
             found[name] = F.pad(x, (0, -x.shape[3] % DIVISOR, 0, -x.shape[2] % DIVISOR))
         return found, list(sizes) if sizes is not None else [(first[2], first[3])] * first[0]
 
@@ -106,7 +143,14 @@ class Detector(nn.Module):
         return found
 
 
-def build_detector(model: ModelConfig, channels: Mapping[str, int], classes: int, frozen: bool = False) -> Detector:
+def build_detector(
+    model: ModelConfig,
+    channels: Mapping[str, int],
+    classes: int,
+    frozen: bool = False,
+    cached: bool = False,
+    kind: type[Detector] = Detector,
+) -> Detector:
     """A detector with fresh weights, drawn from torch's global generator.
 
     Args:
@@ -114,6 +158,9 @@ def build_detector(model: ModelConfig, channels: Mapping[str, int], classes: int
         channels: bands of each modality, the primary first; a modality of one band enters as three equal ones.
         classes: number of classes without the background.
         frozen: backbones take no gradient and stay in eval mode (load them with `model.weights.load_backbone`).
+        cached: as frozen, but without backbones: `forward` is given their scales. All other weights are drawn as
+            they are with backbones.
+        kind: the class of the detector; `model.engines.build` takes the one that `model.engine` names.
 
     Raises:
         ConfigError: no modality, a modality's name that torch cannot hold, or sizes that do not fit.
@@ -123,4 +170,4 @@ def build_detector(model: ModelConfig, channels: Mapping[str, int], classes: int
     for name in channels:
         if not name or "." in name or hasattr(nn.ModuleDict, name):
             raise ConfigError(f"modalities: {name!r} cannot be the name of a modality, choose another")
-    return Detector(model, channels, classes, frozen)
+    return kind(model, channels, classes, frozen or cached, cached)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rtshpc.fusion.recompute import chain, same
 
 
 class ConvNorm(nn.Conv2d):
@@ -19,7 +23,14 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """BCHW to B, outside, H / stride, W / stride."""
-        x = super().forward(input)
+        return self.finish(self.convolve(input))
+
+    def convolve(self, input: Tensor) -> Tensor:
+        """The convolution alone."""
+        return super().forward(input)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the convolution: norm and ReLU."""
         if self.norm is not None:
             x = self.norm(x)
         return F.relu(x) if self.relu else x
@@ -34,9 +45,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to (..., width)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, first: Callable[[Tensor], Tensor], again: bool = False) -> Tensor:
+        """(..., width) to (..., width): the MLP of first(x); `again` as in `chain`."""
+        return chain(first, [(self.fc1, F.gelu), (self.fc2, same)], (x,), again)
 
 
 def layer_norm(width: int) -> nn.LayerNorm:

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rtshpc.core.config import ModelConfig, MViTConfig
+from rtshpc.core.errors import ConfigError
 from rtshpc.fusion.residual import ResidualFusion
 from rtshpc.model.backbones.mvit import MViT
 from rtshpc.model.backbones.resnet import ResNet
 from rtshpc.model.layers import start_xavier
+
+EARLY = "early"
+"""Name of the one backbone of early fusion, where a modality's stands otherwise."""
 
 
 def build_backbone(model: ModelConfig, bands: int) -> MViT | ResNet:
@@ -22,6 +26,14 @@ def build_backbone(model: ModelConfig, bands: int) -> MViT | ResNet:
     if isinstance(model.backbone, MViTConfig):
         return MViT(model.backbone, entering)
     return ResNet(model.backbone, entering)
+
+
+def without_gaps(scales: tuple[Tensor, ...], image: Tensor) -> tuple[Tensor, ...]:
+    """`scales` of one modality, zero for the samples whose image (B, C, H, W) is zero throughout."""
+    there = image.flatten(1).any(dim=1)
+    if bool(there.all()):
+        return scales
+    return tuple(torch.where(there.view(-1, 1, 1, 1), scale, scale.new_zeros(())) for scale in scales)
 
 
 class Pyramid(nn.Module):
@@ -33,18 +45,37 @@ class Pyramid(nn.Module):
     Attributes:
         modalities: names, the primary first.
         frozen: the backbones take no gradient and stay in eval mode.
+        cached: there are no backbones, `levels` is given their scales.
+        absent: number of parameters of the backbones that `cached` leaves out.
     """
 
-    def __init__(self, model: ModelConfig, channels: Mapping[str, int], frozen: bool) -> None:
+    def __init__(self, model: ModelConfig, channels: Mapping[str, int], frozen: bool, cached: bool = False) -> None:
         super().__init__()
         self.modalities = tuple(channels)
-        self.frozen = frozen
-        built = {name: build_backbone(model, bands) for name, bands in channels.items()}
-        widths = next(iter(built.values())).widths
-        if len(built) == 1:
-            self.bottom_up = built[self.modalities[0]]
-        else:
+        self.frozen, self.cached = frozen, cached
+        self.halved = frozen and model.frozen_dtype == "bf16"
+        self.early = model.fusion.early and len(channels) > 1
+        if self.early and frozen:
+            raise ConfigError(
+                "fusion.mixer = early has no frozen arm: its one backbone takes the bands of all modalities"
+            )
+        bands = {EARLY: sum(channels.values())} if self.early else channels
+        self.absent = 0
+        built: dict[str, MViT | ResNet] = {}
+        widths: tuple[int, ...] = ()
+        for name, count in bands.items():
+            # Built in any case: the draws of all other weights come after its own. Without a name it is gone at once.
+            backbone = build_backbone(model, count)
+            widths = backbone.widths
+            if cached:
+                self.absent += sum(parameter.numel() for parameter in backbone.parameters())
+            else:
+                built[name] = backbone
+        if built and len(bands) == 1:
+            self.bottom_up = next(iter(built.values()))
+        elif built:
             self.bottom_ups = nn.ModuleDict(built)
+        if len(bands) > 1:
             self.fusion = ResidualFusion(widths, self.modalities[0], self.modalities[1:], model.fusion)
         for level, width in enumerate(widths, start=2):
             lateral = nn.Conv2d(width, model.pyramid_channels, 1)
@@ -55,11 +86,15 @@ class Pyramid(nn.Module):
         if frozen:
             for backbone in self.backbones().values():
                 backbone.requires_grad_(False)
+                if self.halved:
+                    backbone.bfloat16()
 
     def backbones(self) -> dict[str, nn.Module]:
-        """The bottom-up network of every modality, the primary first."""
-        if len(self.modalities) == 1:
-            return {self.modalities[0]: self.bottom_up}
+        """The bottom-up network of every modality, the primary first; early fusion has one, of the name EARLY."""
+        if self.cached:
+            return {}
+        if self.early or len(self.modalities) == 1:
+            return {EARLY if self.early else self.modalities[0]: self.bottom_up}
         return {name: self.bottom_ups[name] for name in self.modalities}
 
     def train(self, mode: bool = True) -> Pyramid:
@@ -71,13 +106,26 @@ class Pyramid(nn.Module):
         return self
 
     def scales(self, images: Mapping[str, Tensor], draws: Mapping[str, Tensor | None]) -> dict[str, tuple[Tensor, ...]]:
-        """Four backbone scales of each modality (before fusion); no graph is kept for frozen backbones."""
+        """Four backbone scales of each modality (before fusion); no graph is kept for frozen backbones.
+
+        Where a sample lacks a modality (a sensor gap: its image is nodata throughout, that is 0) its scales are zero,
+        whatever the backbone makes of an empty image.
+        """
+        if self.early:
+            images = {EARLY: torch.cat([images[name] for name in self.modalities], dim=1)}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return {name: net(images[name], draws.get(name)) for name, net in self.backbones().items()}
+            found = {name: self._run(net, images[name], draws.get(name)) for name, net in self.backbones().items()}
+        return {name: without_gaps(scales, images[name]) for name, scales in found.items()}
+
+    def _run(self, backbone: nn.Module, image: Tensor, draws: Tensor | None) -> tuple[Tensor, ...]:
+        """Scales of one modality; those of a backbone kept in bf16 come back in the image's type."""
+        if not self.halved:
+            return backbone(image, draws)
+        return tuple(scale.to(image.dtype) for scale in backbone(image.bfloat16(), draws))
 
     def levels(self, scales: Mapping[str, tuple[Tensor, ...]]) -> list[Tensor]:
         """Scales of each modality to p2 to p6, each (B, pyramid channels, H / 2 ** level, W / 2 ** level)."""
-        fused: Any = scales[self.modalities[0]] if len(self.modalities) == 1 else self.fusion(scales)
+        fused: Any = next(iter(scales.values())) if len(scales) == 1 else self.fusion(scales)
         found: list[Tensor] = []
         above: Tensor | None = None
         for level in range(5, 1, -1):

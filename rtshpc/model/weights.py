@@ -33,21 +33,31 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], place: str) -> N
     Raises:
         WeightsError: names the missing and the unexpected tensors, and those of another shape.
     """
-    own = module.state_dict()
+    check_fit(module.state_dict(), state, place)
+    module.load_state_dict(dict(state), strict=True)
+
+
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], place: str) -> None:
+    """Raise WeightsError, which names all that is missing, unexpected or misshapen, unless `state` can replace `own`.
+
+    Args:
+        own: tensors of the module by name; only their shapes count.
+        state: tensors to put in their place.
+        place: where `state` comes from, for the message.
+    """
     wrong = [
         f"{name} is {tuple(state[name].shape)}, must be {tuple(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
     faults = [
-        _listed("missing", (name for name in own if name not in state)),
-        _listed("unexpected", (name for name in state if name not in own)),
-        _listed("of another shape", wrong),
+        listed("missing", (name for name in own if name not in state)),
+        listed("unexpected", (name for name in state if name not in own)),
+        listed("of another shape", wrong),
     ]
     found = "; ".join(fault for fault in faults if fault)
     if found:
         raise WeightsError(f"{place}: weights do not fit the model: {found}")
-    module.load_state_dict(dict(state), strict=True)
 
 
 def load_backbone(detector: Detector, modality: str, state: Mapping[str, Tensor], place: str = "weights") -> None:
@@ -108,7 +118,7 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _listed(word: str, names: Iterable[str], most: int = 5) -> str:
+def listed(word: str, names: Iterable[str], most: int = 5) -> str:
     """`2 missing (a, b)`, cut after `most` names; empty without any."""
     found = list(names)
     more = f", and {len(found) - most} more" if len(found) > most else ""

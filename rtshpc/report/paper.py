@@ -108,7 +108,8 @@ def _cells() -> tuple[PaperCell, ...]:
     sets = (frozenset({"rgb", "ndvi"}), frozenset({"rgb", "ndvi", "nir"}))
     for (mixer, residual), row in _FUSED.items():
         for names, value in zip(sets, row, strict=True):
-            cells.append(PaperCell(CASCADE_MVIT, names, mixer, residual, "pretrained", value))
+            arm = "full" if mixer == "early" else "pretrained"  # one backbone over all bands has nothing to freeze
+            cells.append(PaperCell(CASCADE_MVIT, names, mixer, residual, arm, value))
     for names, value in zip(sets, _FULL, strict=True):
         cells.append(PaperCell(CASCADE_MVIT, names, "cross", True, "full", value))
     return tuple(cells)
@@ -157,7 +158,7 @@ def find_geoimagenet(modalities: Iterable[str], mixer: str | None, residual: boo
     value: float | None = None
     if names == ["rgb"]:
         value = GEOIMAGENET_RGB
-    elif names == ["rgb", "dem"] and arm == "pretrained" and mixer:
+    elif names == ["rgb", "dem"] and mixer and arm == ("full" if mixer == "early" else "pretrained"):
         value = GEOIMAGENET.get((mixer, bool(residual) and mixer != "early"))
     if value is None:
         return None

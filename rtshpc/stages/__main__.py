@@ -1,6 +1,6 @@
 """`python -m rtshpc.stages STAGE --run-dir RUN --task TASK`: one task by hand or by a job.
 
-`python -m rtshpc.stages check|params ARGUMENTS...` runs a tool that needs pixels or tensors.
+`python -m rtshpc.stages check|params|weights ARGUMENTS...` runs a tool that needs pixels or tensors.
 Exit codes: 0 done (or done before), 1 failed, 2 a mistake of the user or a missing library.
 """
 
@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rtshpc.core.cell import STAGES
-from rtshpc.core.errors import RtshpcError
+from rtshpc.core.errors import RtshpcError, drop_lost_output, system_sentence
+from rtshpc.core.paths import write_alone
 
-TOOLS = ("check", "params")
+TOOLS = ("check", "params", "weights")
 """Stages without a cell: they print and write no record."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one stage or tool; errors of the user are one line."""
+    write_alone()
     try:
         if arguments and arguments[0] in TOOLS:
             return _tool(arguments[0], arguments[1:])
@@ -28,8 +30,10 @@ def main(arguments: Sequence[str]) -> int:
         from rtshpc.stages import runner
 
         return runner.run(given.stage, Path(given.run_dir), given.task)
-    except RtshpcError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RtshpcError, OSError) as error:
+        text = system_sentence(error) if isinstance(error, OSError) else str(error)
+        print(f"error: {text}", file=sys.stderr)
+        drop_lost_output()
         return 2
 
 

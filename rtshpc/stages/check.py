@@ -6,8 +6,10 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from rtshpc.core.errors import DataError, RtshpcError, SceneRejected
 from rtshpc.core.load import load_data
 from rtshpc.core.scenes import RASTER_SUFFIXES, Scene, list_scenes
 from rtshpc.geo.crs import Finding, georeference
-from rtshpc.geo.judge import Verdict, label_findings, raster_findings, scene_findings, verdict
-from rtshpc.geo.raster import MAX_PIXELS, open_raster
+from rtshpc.geo.judge import Verdict, label_findings, pixels_key, raster_findings, verdict
+from rtshpc.geo.raster import MAX_PIXELS, open_raster, rejecting
 
 IMAGE = "image.tif"
 LABELS = {"mask.tif": "mask", "labels.geojson": "vector", "instances.tif": "instances"}
@@ -33,8 +35,10 @@ _STYLES = {"accept": "green", "warn": "yellow", "reject": "red"}
 def main(arguments: Sequence[str]) -> int:
     """Judge what is named and print `[{path, verdict, reasons}]` or a table. Exit code 0 whatever the verdicts.
 
+    An argument that names nothing, or a data config that is wrong, is a verdict too: the others still get theirs.
+
     Raises:
-        RtshpcError: an argument names nothing, or the data config is wrong.
+        RtshpcError: labels are given for several images.
     """
     options = _parser().parse_args(list(arguments))
     # What GDAL grumbles about a broken file is told in the verdict's words.
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         raise DataError("--mask and --labels go with exactly one image")
     verdicts: list[Verdict] = []
     for name in options.inputs:
-        verdicts += _judge(name, options)
+        verdicts += _judged(name, options)
     verdicts = _told_of_copies(verdicts)
     if options.json:
         print(json.dumps([asdict(one) for one in verdicts], indent=1))
@@ -72,11 +76,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _judged(name: str, options: argparse.Namespace) -> list[Verdict]:
+    found: list[Verdict] = []
+    try:
+        with rejecting(name):
+            for one in _judge(name, options):
+                found.append(one)
+    except SceneRejected as error:
+        found.append(verdict(name, [Finding("reject", error.reason, error.detail)]))
+    except RtshpcError as error:
+        found.append(verdict(name, [Finding("reject", "unusable", str(error))]))
+    return found
+
+
 def _judge(name: str, options: argparse.Namespace) -> Iterator[Verdict]:
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         yield from _judge_folder(path, options.max_pixels)
-    elif path.suffix.lower() in (".yaml", ".yml") or not (path.exists() or path.suffix or len(path.parts) > 1):
+    elif path.suffix.lower() in (".yaml", ".yml") or not (os.path.exists(path) or path.suffix or len(path.parts) > 1):
         yield from _judge_data(load_data(name, options.sets))
     elif options.labels:
         found = raster_findings(path, options.max_pixels, sample=True)
@@ -89,11 +106,13 @@ def _judge(name: str, options: argparse.Namespace) -> Iterator[Verdict]:
 
 def _judge_folder(folder: Path, max_pixels: int) -> Iterator[Verdict]:
     """A sample folder is one sample; any other folder is all samples and rasters in it."""
-    if (folder / IMAGE).exists():
+    # The functions of os.path answer no where those of Path raise: loops of links, folders without permission.
+    if os.path.exists(folder / IMAGE):
         yield _judge_sample(folder, max_pixels)
         return
-    samples = sorted(child for child in folder.iterdir() if child.is_dir() and (child / IMAGE).exists())
-    rasters = sorted(child for child in folder.iterdir() if child.is_file() and child.suffix.lower() in RASTER_SUFFIXES)
+    inside = sorted(folder.iterdir())
+    samples = [child for child in inside if os.path.exists(child / IMAGE)]
+    rasters = [child for child in inside if os.path.isfile(child) and child.suffix.lower() in RASTER_SUFFIXES]
     if not samples and not rasters:
         raise DataError(f"{folder}: no raster and no sample ({IMAGE}) in this folder")
     for sample in samples:
@@ -105,7 +124,7 @@ def _judge_folder(folder: Path, max_pixels: int) -> Iterator[Verdict]:
 def _judge_sample(folder: Path, max_pixels: int) -> Verdict:
     image = folder / IMAGE
     found = raster_findings(image, max_pixels, sample=True)
-    labels = [(folder / name, kind) for name, kind in LABELS.items() if (folder / name).exists()]
+    labels = [(folder / name, kind) for name, kind in LABELS.items() if os.path.lexists(folder / name)]
     if not labels:
         found += label_findings(image, None)
     for label, kind in labels:
@@ -119,47 +138,63 @@ def _told_of_copies(verdicts: list[Verdict]) -> list[Verdict]:
     Samples beside a named one are looked at too: a copy is found out only in company. Of two equal samples
     the first by name is the original.
     """
-    named = {Path(one.path).resolve(): one for one in verdicts if (Path(one.path) / IMAGE).is_file()}
-    company = sorted(
-        {sibling for folder in named for sibling in folder.parent.glob(f"*/{IMAGE}")} | {f / IMAGE for f in named}
-    )
-    hashes: dict[Path, str] = {}
+    named = {Path(os.path.realpath(one.path)) for one in verdicts if os.path.isfile(Path(one.path) / IMAGE)}
+    company = sorted({beside for folder in named for beside in folder.parent.glob(f"*/{IMAGE}")})
+    alike: dict[Any, list[Path]] = {}
+    for image in company:
+        alike.setdefault(_header(image), []).append(image.parent)
+    keys: dict[tuple[Path, bool], Any] = {}
     result: list[Verdict] = []
     for one in verdicts:
-        folder = Path(one.path).resolve()
-        original = _original(folder, [image.parent for image in company], hashes) if folder in named else None
-        if original is not None and (folder / IMAGE).stat().st_size > 0:
-            detail = f"duplicate: every file is in {original.name} too; keep the two in one split"
-            worst = "reject" if one.verdict == "reject" else "warn"
-            one = Verdict(one.path, worst, [*one.reasons, detail])
+        if os.path.isfile(Path(one.path) / IMAGE):
+            folder = Path(os.path.realpath(one.path))
+            original = _original(folder, alike.get(_header(folder / IMAGE), []), keys)
+            if original is not None and (folder / IMAGE).stat().st_size > 0:
+                detail = f"duplicate: every file is in {original.name} too; keep the two in one split"
+                worst = "reject" if one.verdict == "reject" else "warn"
+                one = Verdict(one.path, worst, [*one.reasons, detail])
         result.append(one)
     return result
 
 
-def _original(folder: Path, company: Sequence[Path], hashes: dict[Path, str]) -> Path | None:
-    mine = _contents(folder)
+def _header(path: Path) -> Any:
+    """What a raster says of itself before its pixels are read; the size of a file that is no raster."""
+    try:
+        with rejecting(path.name), open_raster(path) as dataset:
+            return str(dataset.crs), tuple(dataset.transform), dataset.shape, dataset.dtypes
+    except SceneRejected:
+        return os.path.getsize(path) if os.path.isfile(path) else None
+
+
+def _original(folder: Path, company: Sequence[Path], keys: dict[tuple[Path, bool], Any]) -> Path | None:
+    """The sample that holds every file of `folder`, byte by byte, or the same files with the same pixels."""
+    mine = _files(folder)
     for other in company:
-        if other == folder:
+        theirs = _files(other)
+        if other == folder or not mine or not mine <= theirs or (mine == theirs and other > folder):
             continue
-        theirs = _contents(other)
-        if not mine.keys() <= theirs.keys() or any(mine[name] != theirs[name] for name in mine):
-            continue
-        if mine.keys() == theirs.keys() and other > folder:
-            continue
-        if all(_hash(folder / name, hashes) == _hash(other / name, hashes) for name in mine):
+        ways = (False, True) if mine == theirs else (False,)
+        if all(any(_key(folder / n, way, keys) == _key(other / n, way, keys) for way in ways) for n in sorted(mine)):
             return other
     return None
 
 
-def _contents(folder: Path) -> dict[str, int]:
-    return {child.name: child.stat().st_size for child in folder.iterdir() if child.is_file()}
+def _files(folder: Path) -> set[str]:
+    try:
+        return {child.name for child in folder.iterdir() if os.path.isfile(child)}
+    except OSError:
+        return set()
 
 
-def _hash(path: Path, known: dict[Path, str]) -> str:
-    if path not in known:
-        with path.open("rb") as file:
-            known[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return known[path]
+def _key(path: Path, by_pixels: bool, known: dict[tuple[Path, bool], Any]) -> Any:
+    """What equal files share: their bytes, or their grid and pixels however they are compressed."""
+    if (path, by_pixels) not in known:
+        key: Any = pixels_key(path) if by_pixels else None
+        if not by_pixels:
+            with suppress(OSError), path.open("rb") as file:
+                key = hashlib.file_digest(file, "sha256").hexdigest()
+        known[path, by_pixels] = (path,) if key is None else key
+    return known[path, by_pixels]
 
 
 def _judge_data(data: DataConfig) -> Iterator[Verdict]:
@@ -169,51 +204,69 @@ def _judge_data(data: DataConfig) -> Iterator[Verdict]:
     scenes = list_scenes(data, None)
     twins = _twins(data, scenes)
     for scene in scenes:
-        found = [one for one in raster_findings(scene.image, data.max_pixels) if one.reason != "only_rgb"]
-        fatal = scene_findings(scene, data)
-        # Undeclared zeros are declared by the config.
-        if data.missing_value is not None:
-            found = [one for one in found if one.reason != "undeclared_missing"]
-        yield verdict(scene.image, [*found, *fatal, *twins.get(scene.id, [])])
+        fate = _preprocessed(scene, data)
+        found = raster_findings(scene.image, data.max_pixels) if scene.image else []
+        if not any(one.severity == "reject" for one in fate):
+            # The whole file is judged too, but what preprocess does with what it reads of it decides.
+            found = [replace(one, severity="warn") for one in found]
+        # Undeclared zeros are declared by the config; a modality that is wanted and lacks rejects.
+        known = {"only_rgb"} | ({"undeclared_missing"} if data.missing_value is not None else set())
+        found = [one for one in found if one.reason not in known]
+        yield verdict(scene.image or scene.id, [*fate, *found, *twins.get(scene.id, [])])
+
+
+def _preprocessed(scene: Scene, data: DataConfig) -> list[Finding]:
+    """What preprocess does with a scene, by doing it: its warnings, or why it is rejected."""
+    from rtshpc.data.cut import SceneFacts, cut_scene  # brings torch, which files alone do not need
+
+    facts = SceneFacts()
+    try:
+        for _ in cut_scene(scene, data, facts):
+            pass
+    except SceneRejected as error:
+        return [Finding("reject", error.reason, error.detail)]
+    return [Finding.note(text) for text in facts.warnings]
 
 
 def _twins(data: DataConfig, scenes: Sequence[Scene]) -> dict[str, list[Finding]]:
-    """Scenes of one footprint and date that may end in different splits."""
+    """Scenes of one footprint that have the same pixels, or one date and a rule that wants them apart."""
     places: dict[Any, list[Scene]] = {}
     for scene in scenes:
         try:
-            with open_raster(scene.image, data.max_pixels) as dataset:
+            with rejecting(scene.id), open_raster(scene.image, data.max_pixels) as dataset:
                 grid, _ = georeference(dataset)
         except SceneRejected:
             continue
         if grid is not None:
-            key = (
-                grid.crs_wkt,
-                tuple(round(value, 6) for value in grid.transform),
-                grid.width,
-                grid.height,
-                scene.date,
-            )
-            places.setdefault(key, []).append(scene)
+            place = (grid.crs_wkt, tuple(round(value, 6) for value in grid.transform), grid.width, grid.height)
+            places.setdefault(place, []).append(scene)
     found: dict[str, list[Finding]] = {}
     for same in places.values():
+        keys = {one.id: pixels_key(one.image, data.max_pixels) for one in same} if len(same) > 1 else {}
         for one in same:
-            others = [two for two in same if two is not one and _may_part(data, one, two)]
-            if others:
-                detail = f"{one.id} has the footprint and date of {others[0].id}, and the two may be split"
-                found[one.id] = [Finding("warn", "duplicate", detail)]
+            others = [two for two in same if two is not one]
+            copies = [two for two in others if keys[one.id] is not None and keys[two.id] == keys[one.id]]
+            dated = [two for two in others if two.date == one.date and _apart(data, one, two)]
+            for two in [*copies, *dated][:1]:
+                what = "pixels" if copies else "footprint and date"
+                fate = _apart(data, one, two) or "the two stay in one split"
+                found[one.id] = [Finding("warn", "duplicate", f"{one.id} has the {what} of {two.id}; {fate}")]
     return found
 
 
-def _may_part(data: DataConfig, one: Scene, two: Scene) -> bool:
-    """Whether the split rule can put two scenes in different splits."""
+def _apart(data: DataConfig, one: Scene, two: Scene) -> str:
+    """What the split does with two scenes of one footprint that its rule would part; nothing where it would not."""
     if data.split.allow_leakage:
-        return True
+        return "split.allow_leakage may part the two"
+    first, second = _asked(data, one), _asked(data, two)
+    return f"the two stay in one split, though {first} and {second} are asked for" if first != second else ""
+
+
+def _asked(data: DataConfig, scene: Scene) -> str:
+    """The split that the rule names for a scene; nothing where it draws."""
     if data.split.rule == "column":
-        return one.split != two.split
-    if data.split.rule == "site":
-        return _side(data, one.site) != _side(data, two.site)
-    return not one.group or one.group != two.group
+        return scene.split
+    return _side(data, scene.site) if data.split.rule == "site" else ""
 
 
 def _side(data: DataConfig, site: str) -> str:

@@ -11,9 +11,8 @@ import torch
 from rtshpc.core.cell import Cell
 from rtshpc.core.load import read_cell
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import Progress
-from rtshpc.core.records import write_json
-from rtshpc.data.reader import ShardDataset, read_index
+from rtshpc.core.records import Progress, write_json
+from rtshpc.data.reader import ShardDataset, read_index, require_whole_shards
 from rtshpc.engine.detectors import trained
 from rtshpc.engine.distributed import choose_device
 from rtshpc.engine.loop import training_of
@@ -34,6 +33,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     """
     model = read_cell(paths.cell(cell.needs[0]).config)
     config, own = cell.config, paths.cell(cell.id)
+    require_whole_shards(paths.index, progress)
     progress("load", 0, 1)
     dataset = ShardDataset(paths.index, config.data, SPLIT, model.modalities)
     training = training_of(model)

@@ -1,4 +1,4 @@
-"""Stage 2: fusion of several modalities, on frozen pretrained backbones or with all weights trained."""
+"""Stage 2: fusion of several modalities, on frozen pretrained backbones, their stored scales, or all weights trained."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import Progress
-from rtshpc.engine.detectors import on_backbones
+from rtshpc.core.records import Progress
+from rtshpc.data.reader import require_whole_shards
+from rtshpc.engine.detectors import on_backbones, on_features
 from rtshpc.engine.loop import fit
 
 
 def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     """Train the cell's detector; see `engine.loop.fit` for the results."""
-    return fit(cell, paths, on_backbones, progress)
+    require_whole_shards(paths.index, progress)
+    return fit(cell, paths, on_features if cell.features else on_backbones, progress)

@@ -10,8 +10,7 @@ from rtshpc.core.cell import Cell
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import DataError, RunError
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import Progress
-from rtshpc.core.records import read_record, write_json
+from rtshpc.core.records import Progress, read_record, write_json
 from rtshpc.data.normalise import Statistics, merge
 from rtshpc.data.reader import SPLITS
 from rtshpc.data.shard import statistics_in

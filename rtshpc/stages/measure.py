@@ -6,7 +6,7 @@ from typing import Any
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import Progress
+from rtshpc.core.records import Progress
 from rtshpc.engine.detectors import channels_of
 from rtshpc.engine.memory import MemorySpec, measure_apart
 

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     model, channels, classes = read(given.config)
     counts = []
     for size in range(1, len(channels) + 1):
-        for arm in ("full",) if size == 1 else ("pretrained", "full"):
+        for arm in ("full",) if size == 1 or model.fusion.early else ("pretrained", "full"):
             chosen = {name: channels[name] for name in list(channels)[:size]}
             counts.append(count(model, chosen, classes, arm))
     if given.json:
@@ -92,7 +92,7 @@ def _part(name: str, detector: Detector) -> str:
     """The row of the table that a parameter belongs to."""
     first, second, third = name.split(".")[:3]
     if second == "bottom_up":
-        return f"backbone {detector.modalities[0]}"
+        return f"backbone {next(iter(detector.backbone.backbones()))}"
     if second == "bottom_ups":
         return f"backbone {third}"
     if first == "backbone":

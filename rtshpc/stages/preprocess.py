@@ -14,8 +14,7 @@ from rtshpc.core.cell import Cell, digest
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import Progress
-from rtshpc.core.records import append_line, read_lines, sync_folder, write_text
+from rtshpc.core.records import Progress, append_line, read_lines, sync_folder, write_text
 from rtshpc.core.scenes import Scene, list_scenes
 from rtshpc.data.cut import CutChip, SceneFacts, cut_scene
 from rtshpc.data.normalise import Statistics, merge

@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -22,8 +23,7 @@ from rtshpc.core.errors import MissingExtra, RtshpcError, RunError, guess
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.progress import Progress
-from rtshpc.core.records import Record, append_line, read_json, read_lines, write_json, write_record
+from rtshpc.core.records import Progress, Record, append_line, read_lines, read_plan, write_json, write_record
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
 from rtshpc.hpc.site import code_version, cpu_model
 
@@ -66,13 +66,13 @@ def run(stage: str, run_dir: Path, task: str) -> int:
 
 def find_cell(paths: RunPaths, stage: str, task: str) -> str:
     """The cell id that `task` means: an id, or an index in the stage's array of plan.json."""
-    if paths.cell(task).config.is_file():
+    if re.fullmatch(r"[A-Za-z0-9_-]+", task) and paths.cell(task).config.is_file():
         return task
-    plan = read_json(paths.plan)
-    if not isinstance(plan, dict):
+    plan = read_plan(paths.plan)
+    if plan is None:
         raise RunError(f"{paths.root}: no cell {task} and no plan.json here; is it a run folder?")
-    known = [str(cell["id"]) for cell in plan.get("cells", []) if cell["stage"] == stage]
-    if task.isdigit() and int(task) < len(known):
+    known = [str(cell["id"]) for cell in plan["cells"] if cell["stage"] == stage]
+    if task.isascii() and task.isdecimal() and int(task) < len(known):
         return known[int(task)]
     raise RunError(f"{paths.root}: no task {task} of {stage}; it has {len(known)}.{guess(task, known)}")
 
@@ -149,14 +149,15 @@ def _locked(folder: CellPaths) -> Generator[None]:
 
 def _sweep_leftovers(folder: CellPaths) -> None:
     """Delete temporary files of attempts that were killed; we hold the lock, so nobody writes them."""
-    for place in (folder.root, folder.checkpoints):
+    for place in (folder.root, folder.checkpoints, folder.features):
         for leftover in place.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
 
 
 def _set_threads(cell: Cell) -> None:
     """Thread counts from the cell's config, before any numeric library reads them."""
-    training = {"pretrain": cell.config.pretrain, "finetune": cell.config.finetune}.get(cell.stage)
+    trainings = {"pretrain": cell.config.pretrain, "features": cell.config.finetune, "finetune": cell.config.finetune}
+    training = trainings.get(cell.stage)
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(training.threads if training is not None else 1)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import Progress
+from rtshpc.core.records import Progress
 from rtshpc.report.page import write_report
 from rtshpc.report.tables.runs import state_counts
 from rtshpc.report.tables.scores import best, scored

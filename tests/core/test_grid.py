@@ -68,6 +68,7 @@ def test_the_demo_grid_gives_the_cells_of_the_paper() -> None:
         "preprocess": 2,
         "gather": 1,
         "pretrain": 3,
+        "features": 0,
         "finetune": 4,
         "evaluate": 7,
         "measure": 5,
@@ -162,7 +163,7 @@ def test_site_workers_paths_and_names_never_change_an_id(
 )
 def test_a_change_reaches_exactly_the_stages_it_can_change(change: dict[str, Any], same: set[str]) -> None:
     before, after = make(), make(**change)
-    for stage in STAGES[:-1]:
+    for stage in set(STAGES[:-1]) - {"features"}:
         if stage in same:
             assert ids(before, stage) == ids(after, stage), stage
         else:
@@ -171,7 +172,7 @@ def test_a_change_reaches_exactly_the_stages_it_can_change(change: dict[str, Any
 
 def test_other_input_files_change_every_id_but_memory() -> None:
     before, after = make(), make()
-    for stage in STAGES[:-1]:
+    for stage in set(STAGES[:-1]) - {"features"}:
         differ = ids(before, stage) != ids(after, stage, "e" * 64)
         assert differ == (stage != "measure"), stage
 
@@ -195,7 +196,7 @@ def test_combinations_without_a_grid_vary_nothing() -> None:
     assert [varied for varied, _ in combinations(make({}))] == [{}]
 
 
-@pytest.mark.parametrize("key", ["finetune", "finetune.epoch", "data.chip.size_px", "fine.x", "model.backbone.depth"])
+@pytest.mark.parametrize("key", ["finetune", "finetune.epoch", "data.chip.size_px", "fine.x", "measure.repeats"])
 def test_a_grid_key_that_cannot_be_varied_is_refused(key: str) -> None:
     with pytest.raises(GridError) as caught:
         combinations(make({key: [1]}))
@@ -203,8 +204,9 @@ def test_a_grid_key_that_cannot_be_varied_is_refused(key: str) -> None:
 
 
 def record_of(cell: Cell, **results: Any) -> Record:
+    version = RESULT_VERSION[cell.stage]
     return Record(
-        cell=cell.id, stage=cell.stage, label=cell.label, result_version=1, started="", seconds=1, results=results
+        cell=cell.id, stage=cell.stage, label=cell.label, result_version=version, started="", seconds=1, results=results
     )
 
 
@@ -214,19 +216,48 @@ def test_a_lost_shard_index_or_checkpoint_makes_its_cell_undone(tmp_path: Path) 
     by_label = {cell.label: cell for cell in cells(make(), FINGERPRINT)}
     shard, index, trained = by_label["preprocess 1/2"], by_label["gather"], by_label["pretrain rgb"]
     paths.shard(0, 0).write_bytes(b"12345")
-    write_json(paths.index, {"shards": {"0000-000.h5": "sha"}})
+    write_json(paths.index, {"chips": [{}], "shards": {"0000-000.h5": "sha"}})
     write_json(paths.rejected, [])
     paths.cell(trained.id).checkpoints.mkdir(parents=True)
     paths.cell(trained.id).best_checkpoint.write_bytes(b"x")
     write_record(paths.cell(shard.id).record, record_of(shard, shards=[{"file": "0000-000.h5", "bytes": 5}]))
     write_record(paths.cell(index.id).record, record_of(index))
-    write_record(paths.cell(trained.id).record, record_of(trained, checkpoint="checkpoints/best.pt"))
+    write_record(
+        paths.cell(trained.id).record, record_of(trained, checkpoint="checkpoints/best.pt", checkpoint_bytes=1)
+    )
     assert all(finished(cell, paths) for cell in (shard, index, trained))
     paths.shard(0, 0).write_bytes(b"123")
     assert finished(shard, paths) is None
+    paths.cell(trained.id).best_checkpoint.write_bytes(b"xx")
+    assert finished(trained, paths) is None
     paths.shard(0, 0).unlink()
     paths.cell(trained.id).best_checkpoint.unlink()
     assert not any(finished(cell, paths) for cell in (shard, index, trained))
+
+
+@pytest.mark.parametrize(
+    ("index", "rejected", "done"),
+    [
+        ({"chips": [{}], "shards": {"0000-000.h5": "sha"}}, [], True),
+        ({}, [], False),
+        ([], [], False),
+        ({"chips": [], "shards": {"0000-000.h5": "sha"}}, [], False),
+        ({"chips": [{}], "shards": {}}, [], False),
+        ({"chips": [{}], "shards": ["0000-000.h5"]}, [], False),
+        ({"chips": [{}], "shards": {"0000-000.h5": "sha"}}, {}, False),
+    ],
+)
+def test_an_index_that_names_no_chip_or_shard_is_not_done(
+    tmp_path: Path, index: object, rejected: object, done: bool
+) -> None:
+    paths = RunPaths(tmp_path)
+    paths.create()
+    paths.shard(0, 0).touch()
+    gather = of(make(), "gather")[0]
+    write_json(paths.index, index)
+    write_json(paths.rejected, rejected)
+    write_record(paths.cell(gather.id).record, record_of(gather))
+    assert (finished(gather, paths) is not None) is done
 
 
 def test_a_record_of_another_version_or_a_torn_one_does_not_count(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rtshpc.core.load import (
     load_run,
     load_site,
     parse_set,
+    parse_yaml,
     read_cell,
     read_run_config,
     write_cell,
@@ -242,3 +243,33 @@ def test_configs_of_the_current_folder_come_before_the_shipped_ones(place: Path)
     (place / "configs/sites/local.yaml").write_text("name: mine\n")
     assert find_config("site", "local").resolve() == place / "configs/sites/local.yaml"
     assert load_site("slurm-a100").executor == "slurm"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: \x01", "a: \0", "{a: &x [*x]}", "[" * 1000, "a: !!int _", "-0b: 0b_", "a: !!bool x", "a: !!timestamp 2020-99-99"],
+)  # fmt: skip
+def test_whatever_yaml_cannot_be_read_is_one_line_with_its_file(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^f\.yaml(:\d+)?: not valid YAML: .") as caught:
+        parse_yaml(text, "f.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_yaml_takes_for_a_number_or_true_is_named_and_guessed(place: Path) -> None:
+    assert "finetune.1 is no known key. Known: augment, " in refusal("finetune={1: 2}")
+    assert "finetune.true is no known key. Known: augment, " in refusal("finetune={on: 2}")
+
+
+def test_a_set_without_a_value_is_asked_for_one(place: Path) -> None:
+    assert refusal("finetune.epochs=") == (
+        "--set finetune.epochs=: gives no value; write finetune.epochs=null to take the key away"
+    )
+    assert load_run("fusion", ["finetune.epochs=3", "finetune.epochs=null"]).finetune.epochs == 36
+
+
+def test_the_name_of_a_site_is_text_whatever_yaml_would_make_of_it(place: Path) -> None:
+    (place / "configs/sites/12.yaml").write_text("name: twelve")
+    config = load_run("fusion", ["site.max_jobs=7"], site="12")
+    assert (config.site.name, config.site.max_jobs) == ("twelve", 7)
+    with pytest.raises(ConfigError, match=r'^--site: .*"a: \[b" is unknown'):
+        load_run("fusion", site="a: [b")

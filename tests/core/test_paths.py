@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
-from rtshpc.core.paths import CellPaths, RunPaths, make_private
+import pytest
+
+from rtshpc.core.errors import RunError
+from rtshpc.core.paths import CellPaths, RunPaths, make_private, write_alone
 
 
 def test_no_two_names_of_a_run_or_a_cell_are_the_same(tmp_path: Path) -> None:
@@ -28,3 +32,23 @@ def test_nobody_else_can_write_where_pickles_lie(tmp_path: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
     RunPaths(tmp_path / "other").create()
     assert not any(path.stat().st_mode & 0o022 for path in (tmp_path / "other").iterdir())
+
+
+def test_a_folder_of_somebody_else_that_others_can_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    assert make_private(tmp_path) == tmp_path
+    tmp_path.chmod(0o775)
+    with pytest.raises(RunError, match=r"belongs to user .*chmod go-w"):
+        make_private(tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0o000, 0o022), (0o002, 0o022), (0o077, 0o077)])
+def test_what_is_created_is_ours_alone_to_write_and_a_stricter_umask_stays(before: int, after: int) -> None:
+    old = os.umask(before)
+    try:
+        write_alone()
+        assert os.umask(0o022) == after
+    finally:
+        os.umask(old)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from rtshpc.core.errors import RunError, system_sentence
 from rtshpc.core.records import (
     Record,
     append_line,
@@ -70,6 +73,59 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
         file.write('{"a": ')
     assert read_lines(path) == [{"a": 1}, {"a": 2}]
     assert read_lines(tmp_path / "absent") == []
+
+
+def test_a_torn_line_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    append_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": ')
+    append_line(path, {"a": 2})
+    append_line(path, {"a": 3})
+    assert read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+@pytest.mark.parametrize("failure", ["short", "error"])
+def test_a_line_that_does_not_fit_on_the_disk_is_told_and_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    path = tmp_path / "l.jsonl"
+    append_line(path, {"a": 1})
+    write, before = os.write, path.read_bytes()
+
+    def full(descriptor: int, data: bytes) -> int:
+        written = write(descriptor, data[:5])
+        if failure == "error":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        append_line(path, {"a": 2})
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == before
+
+
+def test_lines_that_are_no_object_or_no_utf8_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_bytes(b'5\n[5]\n{"a": 1}\n\xff\xfe{"a"\nnull\n{"b": 2}\n')
+    assert read_lines(path) == [{"a": 1}, {"b": 2}]
+    path.write_bytes(b'{"a": "\xff"}')
+    assert read_json(path) is None
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError) as caught, replacing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert system_sentence(caught.value) == f"{path}: No space left on device"
+
+
+@pytest.mark.parametrize("read", [read_json, read_lines])
+def test_what_is_there_but_cannot_be_read_is_named(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(RunError, match=r"a\.json: cannot be read: Is a directory"):
+        read(tmp_path / "a.json")
 
 
 def _append(path: Path, worker: int) -> None:

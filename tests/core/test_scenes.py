@@ -42,6 +42,12 @@ def test_a_glob_ignores_what_is_no_raster(tmp_path: Path) -> None:
     assert scenes[0].image == str(tmp_path / "a/one.TIF")
 
 
+@pytest.mark.parametrize("pattern", ["/abs/*.tif", "**x/*.tif"])
+def test_a_glob_that_is_no_relative_pattern_is_named(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r'^scenes\.glob = ".*" is no pattern relative to data\.root: .'):
+        list_scenes(config(tmp_path, {"glob": pattern}), None)
+
+
 def test_a_glob_without_a_match_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="matches no GeoTIFF"):
         list_scenes(config(tmp_path, {"glob": "*.tif"}), None)
@@ -80,9 +86,25 @@ def test_a_geojson_index_is_read_like_a_table(tmp_path: Path) -> None:
     features = [{"type": "Feature", "geometry": None, "properties": {"scene": "a", "image": "a.tif", "site": 7}}]
     scenes = index(tmp_path, json.dumps({"type": "FeatureCollection", "features": features}), "index.geojson")
     assert list_scenes(config(tmp_path, scenes), None)[0].site == "7"
-    index(tmp_path, "[1]", "index.geojson")
-    with pytest.raises(DataError, match="FeatureCollection"):
-        list_scenes(config(tmp_path, scenes), None)
+    for text in ("[1]", "[" * 100_000, '{"features": [{"properties": [1]}]}', '{"features": [null]}'):
+        index(tmp_path, text, "index.geojson")
+        with pytest.raises(DataError, match="FeatureCollection"):
+            list_scenes(config(tmp_path, scenes), None)
+
+
+def test_a_row_without_an_image_or_a_name_is_a_scene_that_will_be_rejected(tmp_path: Path) -> None:
+    scenes = index(tmp_path, "scene,image,site\na,a.tif,s\nb,,s\n,c.tif,s\n,,\n\n,,s\n")
+    found = list_scenes(config(tmp_path, scenes), None)
+    assert [scene.image for scene in found] == [str(tmp_path / "a.tif"), "", "", ""]
+    assert [scene.id for scene in found][:2] == ["a", "b"] and "c.tif" in found[2].id
+    assert len(data_fingerprint(config(tmp_path, scenes), found, None)) == 64
+
+
+def test_quoted_line_ends_odd_separators_and_padded_headers_are_read(tmp_path: Path) -> None:
+    text = 'scene , image, site \r\n"a","a.tif","one\ntwo"\r\nb\u2028c,b.tif,s\r\n'
+    (tmp_path / "index.csv").write_bytes(text.encode())
+    found = list_scenes(config(tmp_path, {"index": "index.csv"}), None)
+    assert [(scene.id, scene.site) for scene in found] == [("a", "one\ntwo"), ("b\u2028c", "s")]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +112,8 @@ def test_a_geojson_index_is_read_like_a_table(tmp_path: Path) -> None:
     [
         ("scene,image,site\n", {}, "lists no scene"),
         ("scene,image,site\na,a.tif,s\na,b.tif,s\n", {}, "listed twice"),
-        ("scene,image,site\n,a.tif,s\n", {}, "has no scene"),
+        ("scene,image,site\n,,\n , ,\n", {}, "lists no scene"),
+        ("scene,image,site\na," + "x" * 200_000 + ",s\n", {}, "no CSV"),
         ("scene,imgae,site\na,a.tif,s\n", {}, 'Did you mean "imgae"'),
         ("scene,image,site\na,a.tif,s\n", {"where": {"sight": "s"}}, 'Did you mean "site"'),
         ("scene,image,site\na,a.tif,s\n", {"where": {"site": "t"}}, "none of 1 rows"),

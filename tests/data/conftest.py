@@ -12,8 +12,7 @@ import torch
 from rtshpc.core.cell import Cell
 from rtshpc.core.config import DataConfig, FinetuneConfig, ModelConfig, RunConfig
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import SILENT
-from rtshpc.core.records import Record, write_record
+from rtshpc.core.records import SILENT, Record, write_record
 from rtshpc.stages import gather, preprocess
 
 torch.set_num_threads(1)

@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from rtshpc.core.config import AugmentConfig
 from rtshpc.core.errors import ShapeError
-from rtshpc.data.augment import augment
+from rtshpc.core.features import variants
+from rtshpc.data.augment import Geometry, augment, drawn_variant, geometry_of, turn, variant_of
 from rtshpc.data.sample import IGNORE_ID, Sample, boxes_of, collate, target_of
 
 SIZE = 24
@@ -150,3 +151,27 @@ def test_a_batch_stacks_and_refuses_what_does_not_fit() -> None:
 def test_no_instances_are_empty_tensors() -> None:
     target = target_of(torch.full((4, 4), IGNORE_ID), [])
     assert target.boxes.shape == (0, 4) and target.masks.shape == (0, 4, 4) and target.ignore.all()
+
+
+def test_flips_and_turns_are_eight_variants_and_each_moves_the_same_pixels() -> None:
+    image = torch.arange(2 * 5 * 5).reshape(2, 5, 5)
+    seen: dict[int, torch.Tensor] = {}
+    for flip_x in (False, True):
+        for flip_y in (False, True):
+            for turns in range(4):
+                geometry = Geometry(flip_x, flip_y, turns, 1.0, (0.0, 0.0))
+                number = variant_of(geometry)
+                assert torch.equal(turn(image, geometry), turn(image, geometry_of(number)))
+                seen[number] = turn(image, geometry)
+    assert sorted(seen) == list(range(8)) and torch.equal(seen[0], image)
+    assert len({tuple(one.flatten().tolist()) for one in seen.values()}) == 8
+
+
+@examples
+@given(flip=st.booleans(), turns=st.booleans(), seed=st.integers(0, 99), epoch=st.integers(0, 40))
+def test_the_drawn_variant_is_what_augmentation_makes(flip: bool, turns: bool, seed: int, epoch: int) -> None:
+    sample, config = sample_of(seed), AugmentConfig(flip=flip, quarter_turns=turns)
+    number = drawn_variant(sample.id, config, seed, epoch)
+    assert number in variants(config)
+    got = augment(sample, config, seed, epoch)
+    assert all(torch.equal(turn(sample.images[name], geometry_of(number)), got.images[name]) for name in got.images)

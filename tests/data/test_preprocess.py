@@ -19,8 +19,7 @@ from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import DataError, RunError
 from rtshpc.core.load import read_cell, write_cell
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import SILENT
-from rtshpc.core.records import read_json, read_lines
+from rtshpc.core.records import SILENT, read_json, read_lines
 from rtshpc.core.scenes import list_scenes
 from rtshpc.data import shard
 from rtshpc.data.reader import ShardDataset, read_index
@@ -258,7 +257,7 @@ def start_task(cell: Any, paths: RunPaths) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from pathlib import Path\n"
         "from rtshpc.core.load import read_cell; from rtshpc.core.paths import RunPaths\n"
-        "from rtshpc.core.progress import SILENT; from rtshpc.core.records import write_json\n"
+        "from rtshpc.core.records import SILENT; from rtshpc.core.records import write_json\n"
         "from rtshpc.stages import preprocess\n"
         "paths = RunPaths(Path(sys.argv[1])); cell = read_cell(paths.cell(sys.argv[2]).config)\n"
         "print('ready', flush=True)\n"

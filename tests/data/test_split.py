@@ -47,6 +47,35 @@ def test_overlap_is_found_across_the_date_line() -> None:
     assert names(scenes) == [["a", "b"], ["c"]]
 
 
+@pytest.mark.parametrize(
+    ("epsg", "one", "two", "apart", "side"),
+    [
+        (4326, (179.995, 68.0), (-180.004, 68.0), (-179.9, 68.0), 0.013),
+        (4326, (226.0, 69.0), (-134.0, 69.0), (-133.9, 69.0), 0.013),
+        (4326, (180.0, 68.0), (-180.0, 68.0), (0.0, 68.0), 0.013),
+        (3857, (20_037_000.0, 1e7), (-20_038_000.0, 1e7), (-20_030_000.0, 1e7), 2000.0),
+        (32662, (20_037_000.0, 7e6), (-20_038_000.0, 7e6), (-20_030_000.0, 7e6), 2000.0),
+    ],
+)
+def test_overlap_is_found_where_one_crs_names_a_place_twice(
+    epsg: int, one: tuple[float, float], two: tuple[float, float], apart: tuple[float, float], side: float
+) -> None:
+    crs = CRS.from_epsg(epsg).to_wkt()
+    scenes = [square(name, *at, side=side, crs=crs) for name, at in zip("abc", (one, two, apart), strict=True)]
+    assert names(scenes) == [["a", "b"], ["c"]]
+    split = split_scenes(
+        [square("a", *one, side=side, crs=crs, site="p"), square("b", *two, side=side, crs=crs, site="q")],
+        SplitConfig(rule="site", test_sites=("q",)),
+    )
+    assert set(split.values()) == {"test"}
+
+
+def test_neighbours_in_degrees_are_no_overlap() -> None:
+    crs = CRS.from_epsg(4326).to_wkt()
+    scenes = [square(f"{x}{y}", 100 + 0.5 * x, 68 + 0.25 * y, side=0.5, crs=crs) for x in range(3) for y in (0, 2)]
+    assert len(names(scenes)) == 6
+
+
 def test_a_named_group_joins_scenes_wherever_they_lie() -> None:
     scenes = [
         square("a", 0, 0, group="g"),

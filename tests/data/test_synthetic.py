@@ -12,7 +12,6 @@ import rasterio
 import shapely
 
 from rtshpc.core.config import GeneratedConfig
-from rtshpc.core.errors import DataError
 from rtshpc.data.shapes import draw_outline
 from rtshpc.data.synthetic import BANDS, NODATA, SCALE, blocks, draw, draw_block, draw_scene, place_of
 
@@ -117,11 +116,6 @@ def test_a_nodata_wedge_holds_no_slump(tmp_path: Path) -> None:
     with rasterio.open(image) as layers, rasterio.open(label) as ids:
         missing = (layers.read() == NODATA).all(axis=0)
         assert 0 < missing.mean() < 0.5 and not ids.read(1)[missing].any() and ids.read(1).max() == 3
-
-
-def test_a_range_the_wrong_way_round_is_named() -> None:
-    with pytest.raises(DataError, match=r"slumps_per_scene = \[4, 2\]"):
-        draw(GeneratedConfig(slumps_per_scene=(4, 2)), "banks", 0)
 
 
 def test_unknown_sites_lie_in_valid_zones() -> None:

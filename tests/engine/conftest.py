@@ -14,8 +14,7 @@ from rtshpc.core.config import RunConfig
 from rtshpc.core.grid import cells
 from rtshpc.core.load import write_cell
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import SILENT
-from rtshpc.core.records import Record, write_record
+from rtshpc.core.records import SILENT, Record, write_record
 from rtshpc.data.reader import ShardDataset
 from rtshpc.stages import finetune, gather, preprocess, pretrain
 

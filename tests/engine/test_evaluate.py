@@ -1,23 +1,27 @@
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from rtshpc.core.errors import RunError
+from rtshpc.core.errors import DataError, RunError
+from rtshpc.core.grid import cells, finished
 from rtshpc.core.load import write_cell
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import SILENT
-from rtshpc.core.records import read_json
+from rtshpc.core.records import SILENT, read_json
 from rtshpc.engine import checkpoint
 from rtshpc.engine.scoring import ImageResult, Regions
 from rtshpc.stages import evaluate
 
-from .conftest import cell_of, small_config
+from .conftest import TRAINING, cell_of, small_config
 
 Train = Callable[..., dict[str, Any]]
 
@@ -65,8 +69,37 @@ def test_a_checkpoint_that_is_not_the_recorded_one_is_not_scored(paths: RunPaths
     checkpoint.save(best, {**checkpoint.load(best), "epoch": 5})
     cell = next(c for c in _evaluations(config) if c.needs[0] == trained.id)
     write_cell(paths.cell(cell.id).config, cell)
+    assert finished(trained, paths) is not None
     with pytest.raises(RunError, match="the record says"):
         evaluate.run(cell, paths, SILENT)
+    # It is undone now, and its training does not take the damaged file for its best.
+    assert finished(trained, paths) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(trained)
+    assert evaluate.run(cell, paths, SILENT)["trained"] == trained.id
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "features", "finetune", "evaluate"])
+def test_a_shard_altered_after_preprocess_is_not_used_and_its_cells_are_undone(
+    shards: Path, tmp_path: Path, stage: str
+) -> None:
+    paths = RunPaths(tmp_path / "run")
+    shutil.copytree(shards, paths.root)
+    fused = {"modalities": ["rgb", "ndvi"], "primary": "rgb", "features": "cached", "augment": {}}
+    config = small_config(finetune={**TRAINING, **fused})
+    cell = cell_of(config, stage)
+    for need in cells(config, "f"):
+        write_cell(paths.cell(need.id).config, need)
+    made = [one for one in cells(config, "f") if one.stage in ("preprocess", "gather")]
+    assert all(finished(one, paths) for one in made)
+    shard = paths.shard(0, 0)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=rf"removed: {shard.name}; run the sweep again"):
+        importlib.import_module(f"rtshpc.stages.{stage}").run(cell, paths, SILENT)
+    assert not any(finished(one, paths) for one in made)
 
 
 def test_the_gallery_takes_rich_chips_of_every_site_in_turn() -> None:

@@ -13,8 +13,7 @@ import torch
 from rtshpc.core.cell import Cell
 from rtshpc.core.errors import DataError, RunError
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import Progress
-from rtshpc.core.records import read_lines
+from rtshpc.core.records import Progress, read_lines
 from rtshpc.engine import checkpoint
 from rtshpc.engine.detectors import fresh, trained
 from rtshpc.engine.distributed import Preempted

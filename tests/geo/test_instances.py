@@ -67,6 +67,38 @@ def test_one_value_is_a_mask_whatever_it_is(dtype: str, value: int) -> None:
     assert not found.ignore.any()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float32", "float64"])
+def test_an_undeclared_255_beside_1_is_unlabelled_ground_whatever_the_type(dtype: str) -> None:
+    values = slumps().astype(dtype)
+    values[18:25, :40] = 255
+    found = from_raster(values, "mask", None)
+    labels = slumps()
+    labels[18:25, :40] = 0
+    assert np.array_equal(found.ids, label_instances(labels))
+    assert np.array_equal(found.ignore, values == 255)
+    assert [note.split(":")[0] for note in found.notes] == ["label_values"]
+
+
+def test_values_of_a_mask_that_are_hardly_ids_are_told() -> None:
+    scattered = slumps() * np.uint8(3)
+    scattered[40:43, 30:33] = 2
+    scattered[5:8, 5:8] = 2
+    gray = slumps() * np.uint8(255)
+    gray[40:] //= 2
+    specks = slumps() * np.uint8(255)
+    specks[6, 6] = 254
+    for values in (scattered, gray, specks):
+        assert [note.split(":")[0] for note in from_raster(values, "mask", None).notes] == ["label_values"]
+        assert from_raster(values, "instances", None).notes == ()
+    ids = from_ids(label_instances(slumps()) * 4)
+    assert from_raster(ids, "mask", None).notes == ()
+
+
+def test_ids_beyond_any_integer_stay_apart() -> None:
+    values = np.array([[1e30, 2e30, 0, 1e30]])
+    assert from_ids(values).tolist() == [[1, 2, 0, 1]]
+
+
 def test_several_values_are_ids_even_in_a_mask() -> None:
     values = slumps().astype(np.uint16)
     values[5:20, 12:] *= 2

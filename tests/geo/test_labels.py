@@ -41,6 +41,26 @@ def test_a_shifted_label_is_snapped_and_a_farther_one_moved(tmp_path: Path) -> N
             assert not found.ignore[5:, 5:].any()
 
 
+MOVES = [(0.3, 0), (0.5, 0), (-0.5, 0), (0.75, 1), (1, 1), (-1, -1), (1.3, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("shift", "moved", "most"),
+    # Half a pixel off, without snapping, either neighbour is right.
+    [(*move, most) for most in (0.0, 1.0, 3.0) for move in MOVES if most or abs(move[0]) != 0.5],
+)
+def test_labels_move_by_whole_pixels_and_only_the_rest_is_snapped(
+    tmp_path: Path, shift: float, moved: int, most: float
+) -> None:
+    folder = write_sample(tmp_path / "a")
+    write_tif(folder / "mask.tif", slumps(), transform=PLACE @ Affine.translation(shift, 0))
+    found, words = labelled(folder, labels={"kind": "mask", "max_shift_px": most})
+    wanted = np.zeros((64, 64), np.int32)
+    wanted[:, max(moved, 0) : 64 + min(moved, 0)] = label_instances(slumps())[:, max(-moved, 0) : 64 - max(moved, 0)]
+    assert np.array_equal(found.ids, wanted)
+    assert words[0] == ("label_shift" if abs(shift) <= min(most, 0.5) else "label_grid")
+
+
 def test_the_label_may_be_a_band_of_the_image(tmp_path: Path) -> None:
     pixels = np.concatenate([reflectance(), slumps()[None].astype(np.int16)])
     folder = write_sample(tmp_path / "a", pixels, names=[*BANDS, "rts"])
@@ -124,3 +144,113 @@ def test_ignore_regions_beside_a_mask_leave_labels_alone(tmp_path: Path) -> None
     assert not (found.ignore & (found.ids > 0)).any()
     assert found.ignore[12, 12]
     assert not found.ignore[55, 55]
+
+
+def labelled(folder: Path, **changes: Any) -> tuple[Any, list[str]]:
+    """The instances of a sample folder and the words of its warnings."""
+    with open_scene(scene_of(folder), config(folder.parent, **changes)) as opened:
+        return opened.instances(), [text.split(":")[0] for text in opened.warnings]
+
+
+@pytest.mark.parametrize("shift", [0, 20])
+def test_nodata_0_is_background_where_the_label_file_reaches(tmp_path: Path, shift: int) -> None:
+    folder = write_sample(tmp_path / "a")
+    place = PLACE @ Affine.translation(shift, 0)
+    write_tif(folder / "mask.tif", slumps(), nodata=0, transform=place)
+    found, words = labelled(folder)
+    assert np.array_equal(found.ids[:, shift:], label_instances(slumps()[:, : 64 - shift]))
+    assert found.ignore[:, :shift].all() and not found.ignore[:, shift:].any()
+    assert words == (["label_grid"] if shift else [])
+    write_tif(folder / "mask.tif", slumps() * 0, nodata=0)
+    empty, words = labelled(folder)
+    assert (empty.count, int(empty.ignore.sum()), words) == (0, 0, [])
+
+
+def test_nodata_that_is_the_slumps_own_value_is_told(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path / "a")
+    write_tif(folder / "mask.tif", slumps(), nodata=1)
+    found, words = labelled(folder)
+    assert (found.count, words) == (0, ["label_nodata"])
+
+
+@pytest.mark.parametrize("way", ["south up", "mirrored", "both"])
+def test_a_mask_without_a_crs_is_turned_as_the_image_is(tmp_path: Path, way: str) -> None:
+    rows, cols = way != "mirrored", way != "south up"
+    place = Affine(-10 if cols else 10, 0, 500_640 if cols else 500_000, 0, 10 if rows else -10, 7_600_000 - 640 * rows)
+    turned = (slice(None, None, -1 if rows else 1), slice(None, None, -1 if cols else 1))
+    folder = write_sample(tmp_path / "a", reflectance()[:, *turned], transform=place)
+    write_tif(folder / "mask.tif", slumps()[turned], crs=None, transform=None)
+    found, words = labelled(folder)
+    assert np.array_equal(found.ids, label_instances(slumps()))
+    assert "label_no_crs" in words
+
+
+def test_a_mask_without_a_crs_is_laid_where_its_own_transform_says(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path / "a")
+    write_tif(folder / "mask.tif", slumps()[::-1], crs=None, transform=Affine(10, 0, 500_000, 0, 10, 7_600_000 - 640))
+    found, words = labelled(folder)
+    assert np.array_equal(found.ids, label_instances(slumps()))
+    assert words == ["label_no_crs"]
+    write_tif(folder / "mask.tif", slumps(), crs=None, transform=Affine(10, 0, 400_000, 0, -10, 7_000_000))
+    with pytest.raises(SceneRejected, match="labels_elsewhere"):
+        labelled(folder)
+
+
+def test_a_label_file_of_several_bands_needs_a_name_unless_they_are_equal(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path / "a")
+    wanted = label_instances(slumps())
+    write_tif(folder / "mask.tif", np.stack([slumps()] * 3))
+    assert np.array_equal(labelled(folder)[0].ids, wanted)
+    write_tif(folder / "mask.tif", np.stack([slumps() * 0, slumps()]), names=["water", "rts"])
+    with pytest.raises(SceneRejected, match="label_bands"):
+        labelled(folder)
+    for band in ("rts", "2"):
+        assert np.array_equal(labelled(folder, labels={"kind": "mask", "band": band})[0].ids, wanted)
+    with pytest.raises(SceneRejected, match="missing_band"):
+        labelled(folder, labels={"kind": "mask", "band": "ice"})
+    alpha = np.stack([slumps(), np.full((64, 64), 255, np.uint8)])
+    write_tif(folder / "mask.tif", alpha, photometric="MINISBLACK", alpha="YES")
+    assert np.array_equal(labelled(folder)[0].ids, wanted)
+
+
+def shape(kind: str, **parts: Any) -> dict[str, Any]:
+    return {"type": "Feature", "properties": {}, "geometry": {"type": kind, **parts} if kind else None}
+
+
+def within(*features: dict[str, Any]) -> dict[str, Any]:
+    """The features' geometries as one collection."""
+    return shape("GeometryCollection", geometries=[one["geometry"] for one in features])
+
+
+def drawn(folder: Path, *features: dict[str, Any]) -> tuple[Any, list[str]]:
+    label = write_features(folder / "labels.geojson", *features)
+    with open_scene(scene_of(folder, label=label), config(folder.parent, labels={"kind": "vector"})) as opened:
+        return opened.instances(), [text.split(":")[0] for text in opened.warnings]
+
+
+def test_features_that_are_no_polygons_are_no_negative_scene(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path / "a")
+    corner = feature((2, 2, 12, 12))["geometry"]["coordinates"][0]
+    point, line = shape("Point", coordinates=corner[0]), shape("LineString", coordinates=corner)
+    for features in ([point], [line], [point, line], [shape("")], [within(point)], [shape("Polygon", coordinates=[])]):
+        with pytest.raises(SceneRejected, match=r"label_unreadable.*no polygons"):
+            drawn(folder, *features)
+    assert drawn(folder)[0].count == 0
+    found, words = drawn(folder, point, feature((2, 2, 12, 12)), shape(""))
+    assert (found.count, words) == (1, ["label_shapes"])
+
+
+def test_a_collection_is_the_polygons_in_it(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path / "a")
+    line = shape("LineString", coordinates=feature((2, 2, 12, 12))["geometry"]["coordinates"][0])
+    inner = within(feature((30, 30, 40, 40)), line)
+    found, words = drawn(folder, within(feature((2, 2, 12, 12)), inner), feature((50, 50, 60, 60)))
+    assert (found.count, words) == (2, [])
+    assert sorted((found.ids == number).sum() for number in (1, 2)) == [100, 200]
+
+
+def test_a_polygon_under_an_equal_one_is_told_as_that(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path / "a")
+    found, words = drawn(folder, feature((2, 2, 12, 12)), feature((2, 2, 12, 12)))
+    assert (found.count, words) == (1, ["small_polygons"])
+    assert "under others" in found.notes[0]

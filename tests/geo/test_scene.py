@@ -310,7 +310,7 @@ def test_bands_are_found_by_config_name_number_or_description(tmp_path: Path) ->
         assert np.array_equal(opened.read(WHOLE).pixels["rgb"], reflectance()[2::-1])
     assert rejected(folder) == "missing_band"
     assert rejected(folder, band_names=[*names, "more"]) == "missing_band"
-    assert rejected(folder, band_names=["red", "red", "blue", "ndvi", "nir"]) == "missing_band"
+    assert rejected(write_sample(tmp_path / "b", names=["red", "red", "blue", "ndvi", "nir"])) == "missing_band"
 
 
 def test_degrees_and_web_mercator_measure_true_metres(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from rtshpc.model.weights import load_strict
 HERE = Path(__file__).parent
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 KINDS = ("cascade_mvit", "maskrcnn_resnet")
+Levers = tuple[tuple[str, str, Any], ...]
 CASES = {"A": (8192, 512), "B": (64, 16), "C": (8192, 512)}
 """Case -> anchors and RoIs sampled an image; in C the second image has no ground truth."""
 
@@ -30,8 +31,8 @@ def read(name: str) -> dict[str, Tensor]:
     return load_file(HERE / f"{name}.safetensors")
 
 
-def tiny(kind: str, anchors: int = 256, rois: int = 512) -> ModelConfig:
-    """The config of a reference model."""
+def tiny(kind: str, anchors: int = 256, rois: int = 512, levers: Levers = ()) -> ModelConfig:
+    """The config of a reference model, with (section, field, value) of some levers."""
     rpn: dict[str, Any] = {"anchor_sizes": (8, 16, 32, 64, 128), "anchors_per_image": anchors}
     rpn |= {"pre_nms_train": 200, "pre_nms_test": 100, "post_nms_train": 150, "post_nms_test": 40}
     roi: dict[str, Any] = {"fc_dim": 16, "mask_convs": 2, "detections_per_image": 12, "rois_per_image": rois}
@@ -45,10 +46,12 @@ def tiny(kind: str, anchors: int = 256, rois: int = 512) -> ModelConfig:
         rpn |= {"convs": 1}
         roi |= {"kind": "standard", "ious": (0.5,), "box_convs": 0, "box_fcs": 2, "norm": "none"}
     values = {"name": kind, "backbone": backbone, "pyramid_channels": 32, "rpn": rpn, "roi": roi}
+    for section, field, value in levers:
+        values[section][field] = value
     return ModelConfig.model_validate(values)
 
 
-def detector(kind: str, **sizes: int) -> Detector:
+def detector(kind: str, **sizes: Any) -> Detector:
     model = build_detector(tiny(kind, **sizes), {"rgb": 3}, classes=2)
     load_strict(model, read(f"{kind}.weights"), kind)
     return model
@@ -84,15 +87,16 @@ def inferred(inputs: Inputs) -> Callable[[str], dict[str, Tensor]]:
 
     def of(kind: str) -> dict[str, Tensor]:
         if kind not in done:
-            done[kind] = _infer(kind, inputs)
+            done[kind] = infer(kind, inputs)
         return done[kind]
 
     return of
 
 
 @torch.no_grad()
-def _infer(kind: str, inputs: Inputs) -> dict[str, Tensor]:
-    model = detector(kind).eval()
+def infer(kind: str, inputs: Inputs, levers: Levers = ()) -> dict[str, Tensor]:
+    """Every intermediate of inference, and the final instances, under the reference's names."""
+    model = detector(kind, levers=levers).eval()
     found: dict[str, Tensor] = {"input.normalised_padded": model.prepare({"rgb": inputs.images})[0]["rgb"]}
     scales = model.backbone.scales({"rgb": inputs.images}, {})
     for level, scale in enumerate(scales["rgb"], start=2):
@@ -142,15 +146,16 @@ def trained(inputs: Inputs) -> Callable[[str, str], Trained]:
 
     def of(kind: str, case: str) -> Trained:
         if (kind, case) not in done:
-            done[kind, case] = _train(kind, case, inputs)
+            done[kind, case] = train(kind, case, inputs)
         return done[kind, case]
 
     return of
 
 
-def _train(kind: str, case: str, inputs: Inputs) -> Trained:
+def train(kind: str, case: str, inputs: Inputs, levers: Levers = ()) -> Trained:
+    """One training step of a case."""
     anchors, rois = CASES[case]
-    model = detector(kind, anchors=anchors, rois=rois).train()
+    model = detector(kind, anchors=anchors, rois=rois, levers=levers).train()
     proposals: list[Tensor] = []
     sampled: list[RoIs] = []
     model.proposal_generator.register_forward_hook(lambda _m, _a, out: proposals.extend(b for b, _ in out[0]))

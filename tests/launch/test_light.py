@@ -9,6 +9,7 @@ import pytest
 
 from .conftest import ROOT, Launcher
 
+CACHED = ("plan", "demo", "--set", "finetune.features=cached")
 HEAVY = ("torch", "torchvision", "rasterio", "h5py", "numpy", "cv2", "shapely")
 
 IMPORTS = """
@@ -37,7 +38,7 @@ def test_help_answers_in_under_half_a_second(launcher: Launcher) -> None:
     assert min(times) < 0.5
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("sweep", "--help"), ("plan", "demo"), ("doctor",)])
+@pytest.mark.parametrize("arguments", [("--help",), ("sweep", "--help"), ("plan", "demo"), CACHED, ("doctor",)])
 def test_the_launcher_imports_neither_tensors_nor_rasters(arguments: tuple[str, ...]) -> None:
     assert loaded(*arguments) == ""
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from rtshpc.core.errors import RunError
 from rtshpc.core.load import load_run
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import read_json, read_record
 from rtshpc.launch.plan import make_plan
 from rtshpc.launch.submit import prepare
+from rtshpc.stages.runner import find_cell
 
 from .conftest import ROOT, Launcher
 
@@ -73,6 +75,14 @@ def test_a_task_that_is_not_there_is_one_line(launcher: Launcher, arguments: tup
     assert answer.returncode == 2
     assert wanted in answer.stderr
     assert answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("task", ["²", "..", ".", "", "../../x", "a/b", "-1", "1.0", " 0"])
+def test_a_task_that_is_neither_id_nor_index_is_refused(launcher: Launcher, task: str) -> None:
+    paths = prepared(launcher)
+    with pytest.raises(RunError, match=r"no task .* of preprocess; it has 2"):
+        find_cell(paths, "preprocess", task)
+    assert find_cell(paths, "preprocess", "1") == read_json(paths.plan)["cells"][1]["id"]
 
 
 def test_a_folder_that_is_no_run_and_a_cell_of_another_stage_are_refused(launcher: Launcher) -> None:

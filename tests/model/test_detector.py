@@ -106,15 +106,6 @@ def test_random_choices_do_not_touch_the_global_generator(build, images, target)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_recomputed_blocks_give_the_same_gradients(build, images, target) -> None:
-    grads = []
-    for again in ("false", "true"):
-        model = build({"rgb": 3}, backbone__checkpoint_blocks=again, backbone__drop_path=0.3)
-        sum(model(images(rgb=3), [target((4, 6, 30, 40))] * 2, [1, 2]).values()).backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
 def test_bf16_autocast_trains_and_detects(build, images, target) -> None:
     model = build({"rgb": 3, "ndvi": 1}, roi__norm="bn")
     with torch.autocast("cpu", dtype=torch.bfloat16):

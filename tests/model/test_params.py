@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from rtshpc.core.errors import ConfigError
+from rtshpc.core.load import load_model
 from rtshpc.stages import params
 
 PAPER = {(1, "full"): (102.88, 102.88), (2, "pretrained"): (170.06, 68.65), (3, "pretrained"): (230.19, 78.07)}
@@ -34,3 +36,21 @@ def test_the_table_names_every_part(capsys, monkeypatch) -> None:
 def test_an_unknown_config_is_one_line_with_a_guess() -> None:
     with pytest.raises(ConfigError, match='Did you mean "paper"'):
         params.main(["papper"])
+
+
+def test_the_table_of_strategies_in_the_documentation_holds_the_counts_of_the_code() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "strategies.md").read_text()
+    model = load_model("paper")
+    for mixer, words in {"early": "early (", "convolution": "conv", "stacked": "stacked", "cross": "cross"}.items():
+        fusion = model.fusion.model_copy(update={"mixer": mixer})
+        figures: list[str] = []
+        for size in (2, 3):
+            chosen = dict(list(params.PAPER_INPUTS.items())[:size])
+            arm = "full" if mixer == "early" else "pretrained"
+            counted = params.count(model.model_copy(update={"fusion": fusion}), chosen, 1, arm)
+            figures += [f"{counted[key] / 1e6:.2f}" for key in ("total", "trainable")]
+        row = next(line for line in text.splitlines() if line.startswith(f"| {words}"))
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == figures
+    for name in ("mask_rcnn_r50", "mask_rcnn_mvitv2_b", "paper"):
+        alone = params.count(load_model(name), {"rgb": 3}, 1, "full")["total"]
+        assert f"| `{name}` | {alone / 1e6:.2f} |" in text

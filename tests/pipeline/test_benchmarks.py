@@ -15,6 +15,7 @@ SMALL = {
     "preprocess": ["--files", "4", "--repeats", "1", "--kinds", "uint8"],
     "shard_read": ["--files", "8", "--passes", "1", "--repeats", "1"],
     "instances": ["--masks", "4", "--repeats", "1"],
+    "features": ["--size", "64", "--measured", "1", "--scenes", "2", "--repeats", "1"],
 }
 
 

@@ -21,8 +21,7 @@ from rtshpc.core.cell import RESULT_VERSION, Cell
 from rtshpc.core.config import DataConfig, FinetuneConfig, ModelConfig, RunConfig, ScenesConfig
 from rtshpc.core.load import write_cell, write_run_config
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.progress import SILENT
-from rtshpc.core.records import Record, read_json, write_json, write_record, write_text
+from rtshpc.core.records import SILENT, Record, read_json, write_json, write_record, write_text
 from rtshpc.report.gallery import draw_picture
 from rtshpc.stages import summarise
 
@@ -39,9 +38,9 @@ AP50 = {
 SITES = ("banks", "peel")
 
 
-def small_config(name: str = "test-run", sites: tuple[str, ...] = SITES, **changes: Any) -> RunConfig:
+def small_config(name: str = "test-run", **changes: Any) -> RunConfig:
     """A sweep of three modalities and two fused sets, pretrained and full."""
-    scenes = ScenesConfig.model_validate({"generated": {"sites": list(sites), "scenes_per_site": 6}})
+    scenes = ScenesConfig.model_validate({"generated": {"sites": list(SITES), "scenes_per_site": 6}})
     modalities: dict[str, Any] = {
         "rgb": {"bands": ("red", "green", "blue")},
         "ndvi": {"expression": "(nir - red) / (nir + red)"},

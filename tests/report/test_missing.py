@@ -81,7 +81,7 @@ def test_an_old_figure_does_not_outlive_its_records(run: Any) -> None:
 
 
 def test_hostile_names_stay_text(make: Callable[..., Any], configured: Callable[..., Any]) -> None:
-    run = make(configured(sites=("banks", HOSTILE)))
+    run = make(configured())
     rows = [{"scene": HOSTILE, "reason": HOSTILE, "detail": "=1+1"}]
     write_json(run.paths.rejected, rows)
     run.fail(run.find("measure", "rgb"), HOSTILE)
@@ -100,8 +100,10 @@ def test_hostile_names_stay_text(make: Callable[..., Any], configured: Callable[
 
 
 def test_hostile_modality_names_are_escaped_in_figures(
-    make: Callable[..., Any], configured: Callable[..., Any]
+    make: Callable[..., Any], configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # No config gets such a name past its check; the report does not count on that.
+    monkeypatch.setattr("rtshpc.core.config.data.MODALITY_NAME", ".*")
     name = 'a<b>"$x^$&'
     base = configured()
     modalities = {**base.data.modalities, name: base.data.modalities["nir"]}
@@ -160,7 +162,7 @@ def test_backends_are_never_mixed(run: Any) -> None:
         ((paper.MASK_R50, ["nir"], None, None, "unimodal"), 12.30),
         ((paper.CASCADE_MVIT, ["rgb", "nir", "ndvi"], "cross", True, "pretrained"), 48.99),
         ((paper.CASCADE_MVIT, ["rgb", "ndvi"], "stacked", False, "pretrained"), 44.53),
-        ((paper.CASCADE_MVIT, ["rgb", "ndvi"], "early", True, "pretrained"), 42.74),
+        ((paper.CASCADE_MVIT, ["rgb", "ndvi"], "early", True, "full"), 42.74),
         ((paper.CASCADE_MVIT, ["rgb", "ndvi"], "cross", True, "full"), 45.97),
         ((paper.CASCADE_MVIT, ["rgb", "ndvi"], "cross", False, "full"), None),
         ((paper.CASCADE_MVIT, ["ndvi", "rgb"], "cross", True, "pretrained"), None),

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Literal
 
 from pydantic import model_validator
 
+from rtshpc.core.config.checks import FILE_NAME, MODALITY_NAME, Names, ordered
+from rtshpc.core.config.explain import show
 from rtshpc.core.config.section import Section, doc
+from rtshpc.core.errors import ConfigError, unknown
+from rtshpc.core.modality import Expression
 
 
 class GeneratedConfig(Section):
     """Scenes drawn by `data.synthetic` instead of read from files."""
 
-    sites: tuple[str, ...] = doc("names of the generated sites", ("banks", "peel", "yamal"), min_length=1)
+    sites: Names = doc("names of the generated sites, part of file names", ("banks", "peel", "yamal"), min_length=1)
     scenes_per_site: int = doc("scenes drawn for each site", 12, ge=1)
     size_px: int = doc("side of a scene, px", 256, ge=32, le=20_000)
     resolution_m: float = doc("ground size of a pixel, m", 4.0, gt=0)
-    slumps_per_scene: tuple[int, int] = doc("fewest and most slumps in a scene", (1, 4))
+    slumps_per_scene: tuple[int, int] = doc("fewest and most slumps in a scene, 0 or more", (1, 4))
     slump_px: tuple[float, float] = doc(
         "smallest and largest slump, px; real areas outside are drawn again", (100, 1500)
     )
@@ -25,6 +31,19 @@ class GeneratedConfig(Section):
     touching: float = doc("chance that a slump touches another", 0.1, ge=0, le=1)
     nodata_fraction: float = doc("share of scenes with a nodata wedge", 0.1, ge=0, le=1)
     seed: int = doc("seed of every draw", 0, ge=0)
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> GeneratedConfig:
+        for site in self.sites:
+            if not re.fullmatch(FILE_NAME, site):
+                raise ValueError(f'sites = "{site}" must match {FILE_NAME}: it is part of file names')
+        ordered(*self.slumps_per_scene, "slumps_per_scene")
+        ordered(*self.slump_px, "slump_px")
+        if self.slumps_per_scene[0] < 0:
+            raise ValueError(f"slumps_per_scene = {show(self.slumps_per_scene)} must be at least 0")
+        if self.slump_px[0] <= 0:
+            raise ValueError(f"slump_px = {show(self.slump_px)} must be more than 0")
+        return self
 
 
 class ColumnsConfig(Section):
@@ -64,7 +83,9 @@ class ModalityConfig(Section):
     expression: str = doc("arithmetic over band names, e.g. `(nir - red) / (nir + red)`", "")
     file: str = doc("raster of its own per scene; {scene}, {site}, {stem} are filled; empty = the image", "")
     resampling: Literal["nearest", "bilinear", "cubic", "average"] = doc("kernel when warped", "bilinear")
-    valid_range: tuple[float, float] | None = doc("values outside are nodata, in the modality's unit", None)
+    valid_range: tuple[float | None, float | None] | None = doc(
+        "values outside are nodata, in the modality's unit; null = an open end", None
+    )
     required: bool = doc("a scene without it is rejected; else the modality is invalid there", True)
     unit: str = doc("unit of the values, for reports", "")
 
@@ -72,7 +93,22 @@ class ModalityConfig(Section):
     def _one_definition(self) -> ModalityConfig:
         if bool(self.bands) == bool(self.expression):
             raise ValueError("give either bands or expression")
+        if self.expression:
+            try:
+                Expression(self.expression)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        if self.limits is not None:
+            ordered(*self.limits, "valid_range")
         return self
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """`valid_range`, an open end as infinity."""
+        if self.valid_range is None:
+            return None
+        low, high = self.valid_range
+        return -math.inf if low is None else low, math.inf if high is None else high
 
     @property
     def channels(self) -> int:
@@ -87,13 +123,15 @@ class LabelsConfig(Section):
         "band of the image, 0/>0 mask, raster of ids 0..n, polygons, or none (mapping only)", "mask"
     )
     file: str = doc("label file; {scene}, {site}, {stem} are filled; empty = the index column", "")
-    band: str = doc("for kind band: name or number in the image", "")
+    band: str = doc("name or number of the label band: of the image (kind band), or of a label file of several", "")
     ignore_values: tuple[int, ...] = doc("raster values that mean unlabelled ground (nodata always does)", ())
     class_property: str = doc("for vector: property with the class name; empty = the first class", "")
     ignore_property: str = doc("for vector: property that marks regions to ignore", "")
     ignore_when: tuple[str, ...] = doc("for vector: values of ignore_property that mean ignore", ())
     ignore_file: str = doc("for rasters: polygons whose matching features become ignore regions", "")
-    max_shift_px: float = doc("label grids off by up to this are snapped, above it warped, px", 1.0, ge=0)
+    max_shift_px: float = doc(
+        "label grids off by up to this (at most half a pixel) are snapped, else moved or warped, px", 1.0, ge=0
+    )
     min_instance_px: int = doc("smaller instances are dropped, px of the chip grid", 1, ge=1)
 
 
@@ -119,8 +157,8 @@ class SplitConfig(Section):
     rule: Literal["column", "site", "stratified"] = doc(
         "by index column, sites held out, or inside sites", "stratified"
     )
-    test_sites: tuple[str, ...] = doc("for rule site: sites of the test split", ())
-    val_sites: tuple[str, ...] = doc("for rule site: sites of the val split; empty = val_fraction of train", ())
+    test_sites: Names = doc("for rule site: sites of the test split", ())
+    val_sites: Names = doc("for rule site: sites of the val split; empty = val_fraction of train", ())
     test_fraction: float = doc("for rule stratified: share of every site's scenes", 0.16, ge=0, lt=1)
     val_fraction: float = doc("share of the remaining scenes for validation", 0.1, ge=0, lt=1)
     allow_leakage: bool = doc("the paper's own rule: chips are split one by one, overlap or not", False)
@@ -130,6 +168,9 @@ class SplitConfig(Section):
     def _sites_named(self) -> SplitConfig:
         if self.rule == "site" and not self.test_sites:
             raise ValueError("rule = site needs test_sites")
+        both = sorted(set(self.test_sites) & set(self.val_sites))
+        if both:
+            raise ValueError(f'val_sites = "{both[0]}" is in test_sites too')
         return self
 
 
@@ -147,10 +188,10 @@ class DataConfig(Section):
     name: str = doc("name of the data set, for reports")
     root: str = doc("folder that paths are relative to; itself relative to the current folder", ".")
     scenes: ScenesConfig = doc("the scenes")
-    band_names: tuple[str, ...] = doc("names of the bands in file order; empty = the file's descriptions", ())
+    band_names: Names = doc("names of the bands in file order; empty = the file's descriptions", ())
     modalities: dict[str, ModalityConfig] = doc("inputs of the detector by name", min_length=1)
     primary: str = doc("modality whose grid all others are warped to")
-    classes: tuple[str, ...] = doc("names of the classes", ("rts",), min_length=1)
+    classes: Names = doc("names of the classes", ("rts",), min_length=1)
     labels: LabelsConfig = doc("the instances", LabelsConfig())
     chip: ChipConfig = doc("how scenes are cut", ChipConfig())
     split: SplitConfig = doc("how chips are split", SplitConfig())
@@ -163,4 +204,17 @@ class DataConfig(Section):
     def _primary_known(self) -> DataConfig:
         if self.primary not in self.modalities:
             raise ValueError(f"primary = {self.primary!r} is no modality. Known: {', '.join(sorted(self.modalities))}")
+        for name in self.modalities:
+            if not re.fullmatch(MODALITY_NAME, name):
+                raise ValueError(f'modalities: the name "{name}" must match {MODALITY_NAME}')
+        return self
+
+    @model_validator(mode="after")
+    def _sites_drawn(self) -> DataConfig:
+        generated = self.scenes.generated
+        if generated is not None and self.split.rule == "site":
+            for key in ("test_sites", "val_sites"):
+                for site in getattr(self.split, key):
+                    if site not in generated.sites:
+                        raise ValueError(unknown(f"split.{key}", site, generated.sites))
         return self

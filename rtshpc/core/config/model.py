@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from typing import Literal
 
 from pydantic import model_validator
 
 from rtshpc.core.config.section import Section, doc
+from rtshpc.core.errors import MissingExtra
 
 
 class MViTConfig(Section):
@@ -22,7 +25,13 @@ class MViTConfig(Section):
     pretrain_px: int = doc("image side that sizes the relative-position tables, px", 224, ge=32)
     mlp_ratio: float = doc("hidden over outer width of a block's MLP", 4.0, gt=0)
     drop_path: float = doc("stochastic depth of the last block", 0.4, ge=0, lt=1)
-    checkpoint_blocks: bool = doc("recompute block activations in backward", False)
+    attention: Literal["plain", "fused"] = doc(
+        "plain: the matrix of all pairs in a window is kept for backward; fused: a kernel that keeps none", "plain"
+    )
+    checkpoint: Literal["none", "light", "blocks", "stages"] = doc(
+        "recomputed in backward: nothing; norms, activations and half-precision weights; blocks; all blocks of a scale",
+        "none",
+    )
 
 
 class ResNetConfig(Section):
@@ -70,6 +79,9 @@ class RoIConfig(Section):
     score_threshold: float = doc("lower detections are dropped", 0.05, ge=0, le=1)
     nms_iou: float = doc("overlap that suppresses, per class", 0.5, gt=0, le=1)
     detections_per_image: int = doc("most detections of an image", 100, ge=1)
+    recompute: bool = doc(
+        "make pooled features, norms, activations and half-precision weights again in backward", False
+    )
 
     @model_validator(mode="after")
     def _stages_fit(self) -> RoIConfig:
@@ -82,19 +94,47 @@ class RoIConfig(Section):
 class FusionConfig(Section):
     """How the scales of several modalities become one set (Li et al. 2025, Eqs. 1-3 and Table 4)."""
 
-    mixer: Literal["cross"] = doc("primary x auxiliary -> one map: cross attention", "cross")
-    residual: bool = doc("add the primary and the auxiliaries to the mixed maps", True)
+    mixer: Literal["early", "convolution", "stacked", "cross"] = doc(
+        "primary x auxiliary -> one map; early: the bands of all modalities enter one backbone instead", "cross"
+    )
+    residual: bool = doc("add the primary and the auxiliaries to the mixed maps (early fusion has no such form)", True)
     mlp_ratio: float = doc("hidden over outer width of the mixer's MLP", 4.0, gt=0)
     heads: tuple[int, int, int, int] = doc("attention heads at strides 4, 8, 16, 32", (1, 2, 4, 8))
     kv_stride: tuple[int, int, int, int] = doc("pooling of keys and values at strides 4, 8, 16, 32", (1, 1, 1, 1))
+    recompute: bool = doc("make norms, activations and half-precision weights of the fusion again in backward", False)
+
+    @property
+    def early(self) -> bool:
+        """Whether modalities are fused before the backbone (data-level fusion, channel expansion)."""
+        return self.mixer == "early"
 
 
 class ModelConfig(Section):
     """A detector: what `configs/models/*.yaml` holds."""
 
     name: str = doc("name of the model, for reports")
+    engine: Literal["native", "detectron2"] = doc(
+        "code of proposals, heads and losses: ours, or an installed Detectron2's (docs/detectron2.md)", "native"
+    )
     backbone: MViTConfig | ResNetConfig = doc("bottom-up network of each modality", MViTConfig(), discriminator="kind")
     pyramid_channels: int = doc("channels of the feature pyramid", 256, ge=8)
     rpn: RPNConfig = doc("first stage", RPNConfig())
     roi: RoIConfig = doc("second stage", RoIConfig())
     fusion: FusionConfig = doc("how modalities are fused", FusionConfig())
+    frozen_dtype: Literal["fp32", "bf16"] = doc(
+        "numbers that frozen backbones are kept and run in; bf16 is an approximation", "fp32"
+    )
+
+    @model_validator(mode="after")
+    def _engine_has_it(self) -> ModelConfig:
+        if self.engine == "detectron2" and self.roi.recompute:
+            raise ValueError('engine = "detectron2" keeps what its heads compute: roi.recompute must be false')
+        return self
+
+    def require_engine(self) -> None:
+        """Raise MissingExtra where the engine's library is not installed; nothing is imported."""
+        if self.engine == "detectron2" and importlib.util.find_spec("detectron2") is None:
+            raise MissingExtra(
+                f'model.engine = "detectron2": Detectron2 is not installed in {sys.prefix}; build it from its source'
+                " (docs/detectron2.md), set site.image to an image with it, or take engine: native"
+            )

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
+from rtshpc.core.config.checks import FILE_NAME, Names, ordered, rising, unique
 from rtshpc.core.config.data import DataConfig
+from rtshpc.core.config.explain import show
 from rtshpc.core.config.model import ModelConfig
 from rtshpc.core.config.section import Section, doc
 from rtshpc.core.errors import unknown
+
+NO_FILE = "none"
+"""In place of a file of weights."""
+
+WEIGHT_FORMATS = {
+    ".safetensors": "safetensors",
+    ".pkl": "pickle",
+    **dict.fromkeys((".pth", ".pyth", ".pt", ".bin"), "torch"),
+}
+"""Suffix of a file of weights -> how it is read."""
 
 
 class AugmentConfig(Section):
@@ -21,6 +34,13 @@ class AugmentConfig(Section):
     brightness: float = doc("largest shift, in standard deviations of the modality", 0.0, ge=0)
     contrast: float = doc("largest change of gain, share", 0.0, ge=0, lt=1)
     noise: float = doc("largest noise, in standard deviations of the modality", 0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _zoom_is_a_range(self) -> AugmentConfig:
+        ordered(*self.scale, "scale")
+        if self.scale[0] <= 0:
+            raise ValueError(f"scale = {show(self.scale)} must be more than 0")
+        return self
 
 
 class TrainConfig(Section):
@@ -46,11 +66,16 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = doc("auto takes a GPU where one is visible", "auto")
     processes: int = doc("DistributedDataParallel processes of one task", 1, ge=1)
 
+    @model_validator(mode="after")
+    def _falls_during_the_training(self) -> TrainConfig:
+        rising(self.steps, "steps", over=0, under=1)
+        return self
+
 
 class FinetuneConfig(TrainConfig):
     """Fusion fine-tuning; on top of a training, what is fused and from where."""
 
-    modalities: tuple[str, ...] = doc("fused modalities", ("rgb", "ndvi"), min_length=1)
+    modalities: Names = doc("fused modalities", ("rgb", "ndvi"), min_length=1)
     primary: str = doc("modality that queries the others", "rgb")
     backbones: Literal["pretrained", "full"] = doc(
         "pretrained: frozen after pretraining; full: all trains", "pretrained"
@@ -58,12 +83,44 @@ class FinetuneConfig(TrainConfig):
     heads: Literal["primary", "none"] = doc(
         "start pyramid and heads from the primary's pretraining, or anew", "primary"
     )
+    features: Literal["live", "cached"] = doc(
+        "frozen backbones run in every step, or once for all cells (full training is always live)", "live"
+    )
+    features_dtype: Literal["fp16", "bf16"] = doc("type in which cached scales are stored", "fp16")
+
+    @property
+    def cached(self) -> bool:
+        """Whether scales come from the feature cache."""
+        return self.features == "cached" and self.backbones == "pretrained"
+
+    @model_validator(mode="after")
+    def _augmentation_can_be_cached(self) -> FinetuneConfig:
+        plain = AugmentConfig(flip=self.augment.flip, quarter_turns=self.augment.quarter_turns)
+        changed = [name for name in AugmentConfig.model_fields if getattr(self.augment, name) != getattr(plain, name)]
+        if self.cached and changed:
+            raise ValueError(
+                f"augment.{changed[0]} = {show(getattr(self.augment, changed[0]))} cannot be cached: it draws other pixels in every epoch, and"
+                " features = cached runs the backbones once for identity, flips and quarter turns; leave it out or"
+                " take features: live"
+            )
+        return self
 
 
 class PretrainConfig(TrainConfig):
     """Unimodal pretraining, one detector per modality."""
 
-    modalities: tuple[str, ...] = doc("modalities to pretrain; empty = all of the data", ())
+    modalities: Names = doc("modalities to pretrain; empty = all of the data", ())
+    init: str = doc("weights to start from: none, or a file, relative to the current folder (docs/weights.md)", NO_FILE)
+    init_sha256: str = doc("what that file must be; empty = the plan fills it in", "", pattern=r"^([0-9a-f]{64})?$")
+
+    @model_validator(mode="after")
+    def _init_is_a_file(self) -> PretrainConfig:
+        if self.init == NO_FILE:
+            if self.init_sha256:
+                raise ValueError("init_sha256 is given without init")
+        elif PurePath(self.init).suffix.lower() not in WEIGHT_FORMATS:
+            raise ValueError(f'init = "{self.init}" must be none or a file of weights ({", ".join(WEIGHT_FORMATS)})')
+        return self
 
 
 class EvaluateConfig(Section):
@@ -73,12 +130,21 @@ class EvaluateConfig(Section):
     gallery: int = doc("pictures of ground truth and predictions a cell", 6, ge=0)
     score_threshold: float = doc("lower detections are not drawn (all are scored)", 0.5, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _sizes_are_classes(self) -> EvaluateConfig:
+        rising(self.size_edges_m2, "size_edges_m2", over=0)
+        return self
+
 
 class MeasureConfig(Section):
     """Peak memory of one sample + model + forward + backward (Li et al. 2025, Table 2)."""
 
-    modality_sets: tuple[tuple[str, ...], ...] = doc("measured sets; empty = the sets of the sweep and the primary", ())
-    arms: tuple[Literal["pretrained", "full"], ...] = doc("measured arms", ("pretrained", "full"), min_length=1)
+    modality_sets: Annotated[tuple[Names, ...], AfterValidator(unique)] = doc(
+        "measured sets; empty = the sets of the sweep and the primary", ()
+    )
+    arms: Annotated[tuple[Literal["pretrained", "full"], ...], AfterValidator(unique)] = doc(
+        "measured arms", ("pretrained", "full"), min_length=1
+    )
     chip_px: int = doc("side of the sample, px", 256, ge=32)
     precision: Literal["fp32", "bf16", "fp16"] = doc("autocast type", "bf16")
     device: Literal["auto", "cpu", "cuda"] = doc("auto takes a GPU where one is visible", "auto")
@@ -107,7 +173,7 @@ class SiteConfig(Section):
 class RunConfig(Section):
     """A sweep: what `configs/sweeps/*.yaml` holds. `data`, `model` and `site` may name a shipped file."""
 
-    name: str = doc("name of the run and of its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = doc("name of the run and of its folder", pattern=FILE_NAME)
     data: DataConfig = doc("the data set, or the name of one in configs/data")
     model: ModelConfig = doc("the detector, or the name of one in configs/models")
     pretrain: PretrainConfig = doc("stage 1", PretrainConfig())
@@ -119,11 +185,21 @@ class RunConfig(Section):
     grid: dict[str, tuple[Any, ...]] = doc("dotted key -> values; every combination is a finetune cell", {})
 
     @model_validator(mode="after")
+    def _grid_keys_apart(self) -> RunConfig:
+        for key in self.grid:
+            for other in self.grid:
+                # A model is a name; keys of it are then varied on top.
+                if other.startswith(f"{key}.") and key != "model":
+                    raise ValueError(f'grid: "{other}" is part of "{key}", which is varied too; vary one of them')
+        return self
+
+    @model_validator(mode="after")
     def _modalities_known(self) -> RunConfig:
         for place, names in (
             ("finetune.modalities", self.finetune.modalities),
             ("pretrain.modalities", self.pretrain.modalities),
             ("finetune.primary", (self.finetune.primary,)),
+            *(("measure.modality_sets", names) for names in self.measure.modality_sets),
         ):
             for name in names:
                 if name not in self.data.modalities:

@@ -45,8 +45,7 @@ def load_config(config: str, site: str | None, sets: Sequence[str]) -> RunConfig
     """The resolved sweep; `--site` names a config, and `--set site.x=y` goes on top of it."""
     from rtshpc.core.load import load_run
 
-    chosen = [f"site={site}"] if site is not None else []
-    return load_run(config, [*chosen, *sets])
+    return load_run(config, sets, site)
 
 
 def run_folder(run: str, runs: str) -> RunPaths:

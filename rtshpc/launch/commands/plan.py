@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,6 +27,8 @@ def plan(config: str, site: str | None, sets: tuple[str, ...], until: str | None
         click.echo(json.dumps(facts, indent=1))
         return 0
     click.echo(f"{facts['path']}  (site {facts['site']}, data {facts['data']})")
+    if facts["features"] is not None:
+        click.echo(_disk(facts["features"]))
     for stage in facts["stages"]:
         click.echo(f"\n{stage['stage']}: {stage['cells']} cells, {stage['done']} done, {stage['todo']} to do")
         for cell in facts["cells"]:
@@ -33,3 +36,12 @@ def plan(config: str, site: str | None, sets: tuple[str, ...], until: str | None
                 mark = "done" if cell["done"] else "to do" if cell["todo"] else "-"
                 click.echo(f"  {cell['id']}  {mark:<5}  {cell['label']}")
     return 0
+
+
+def _disk(need: dict[str, Any]) -> str:
+    """How much disk the feature cache takes, and what that figure rests on."""
+    chips = f"{need['chips']['train']} train and {need['chips']['val']} val chips"
+    basis = f"counted: {chips}" if need["exact"] else f"estimated before preprocess: about {chips}"
+    sizes = [f"{need[key] / 1e9:.3g} GB" for key in ("bytes", "left_bytes", "free_bytes")]
+    short = "; NOT ENOUGH" if need["left_bytes"] > need["free_bytes"] else ""
+    return f"feature cache: {sizes[0]} of disk ({basis}), {sizes[1]} to write, {sizes[2]} free{short}"

@@ -1,4 +1,4 @@
-"""`check` and `params`: tools that need pixels or tensors, so they run as processes where those are installed."""
+"""`check`, `params` and `weights`: tools that need pixels or tensors, so they run as processes where those are installed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def check(arguments: tuple[str, ...]) -> int:
 def params(arguments: tuple[str, ...]) -> int:
     """Count the parameters of a model or sweep config, total and trainable, per module."""
     return _tool("params", arguments)
+
+
+@click.command(context_settings=PASS_ON, short_help="Inspect or convert a file of weights.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def weights(arguments: tuple[str, ...]) -> int:
+    """Say what a file of weights holds, or write it under Detectron2's names: inspect FILE, convert FILE OUT."""
+    return _tool("weights", arguments)
 
 
 def _tool(name: str, arguments: tuple[str, ...]) -> int:

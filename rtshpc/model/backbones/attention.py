@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rtshpc.core.errors import ConfigError
+from rtshpc.fusion.attention import fused_attention
+from rtshpc.fusion.recompute import chain, same
 from rtshpc.model.layers import layer_norm
 
 
@@ -13,7 +18,15 @@ class PoolingAttention(nn.Module):
     """Multi-scale attention of MViTv2: q, k and v are pooled, q is added to the result."""
 
     def __init__(
-        self, inside: int, outside: int, heads: int, stride_q: int, stride_kv: int, window: int, table_side: int
+        self,
+        inside: int,
+        outside: int,
+        heads: int,
+        stride_q: int,
+        stride_kv: int,
+        window: int,
+        table_side: int,
+        fused: bool = False,
     ) -> None:
         """Args:
         inside: channels of the input.
@@ -23,8 +36,18 @@ class PoolingAttention(nn.Module):
         stride_kv: pooling of keys and values.
         window: side of the attention window in input tokens; 0 attends over the whole map.
         table_side: side of the map that sizes the relative-position tables, tokens.
+        fused: no matrix of all pairs is kept, see `_attend_fused`.
+
+        Raises:
+            ConfigError: windows of queries and of keys and values would not cover the same places.
         """
         super().__init__()
+        if window % stride_q or window % stride_kv:
+            raise ConfigError(
+                f"backbone.window_px gives a window of {window} tokens, which pooling by {stride_q} and "
+                f"{stride_kv} does not divide; multiples of 8 always fit"
+            )
+        self.fused = fused
         width = outside // heads
         self.heads = heads
         self.scale = width**-0.5
@@ -40,10 +63,12 @@ class PoolingAttention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(rows, width))
         self.rel_pos_w = nn.Parameter(torch.zeros(rows, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, inside) to (B, H / stride_q, W / stride_q, outside)."""
+    def forward(self, x: Tensor, first: Callable[[Tensor], Tensor] = same, again: bool = False) -> Tensor:
+        """first(x), (B, H, W, inside), to (B, H / stride_q, W / stride_q, outside); `again` as in `chain`."""
         B, H, W, _ = x.shape
-        qkv = self.qkv(x).reshape(B, H, W, 3, self.heads, -1).permute(3, 0, 4, 1, 2, 5)
+        qkv = (
+            chain(first, [(self.qkv, same)], (x,), again).reshape(B, H, W, 3, self.heads, -1).permute(3, 0, 4, 1, 2, 5)
+        )
         q, k, v = qkv.reshape(3, B * self.heads, H, W, -1).unbind(0)
         pooled = _pool(q, self.pool_q, self.norm_q)
         k, v = _pool(k, self.pool_k, self.norm_k), _pool(v, self.pool_v, self.norm_v)
@@ -55,10 +80,12 @@ class PoolingAttention(nn.Module):
             out = self._attend(pooled, k, v)
         out = out + pooled
         out = out.view(B, self.heads, height, width, -1).permute(0, 2, 3, 1, 4).reshape(B, height, width, -1)
-        return self.proj(out)
+        return chain(same, [(self.proj, same)], (out,), again)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, h, w, c) on k, v (N, h', w', c), with the bias from the unscaled q."""
+        if self.fused:
+            return self._attend_fused(q, k, v)
         N, h, w, c = q.shape
         kh, kw = k.shape[1:3]
         logits = (q * self.scale).reshape(N, h * w, c) @ k.reshape(N, kh * kw, c).transpose(-2, -1)
@@ -67,6 +94,24 @@ class PoolingAttention(nn.Module):
         logits = logits.view(N, h, w, kh, kw) + bias_h[..., :, None] + bias_w[..., None, :]
         weights = logits.view(N, h * w, kh * kw).softmax(dim=-1)
         return (weights @ v.reshape(N, kh * kw, c)).view(N, h, w, c)
+
+    def _attend_fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same with the bias as part of the product: [scale q, q.Rh, q.Rw] on [k, row of k, column of k].
+
+        Rows and columns are unit vectors, so the product adds the two numbers that belong to a pair of places.
+        """
+        N, h, w, c = q.shape
+        kh, kw = k.shape[1:3]
+        bias_h = torch.einsum("bhwc,hkc->bhwk", q, relative_positions(self.rel_pos_h, h, kh))
+        bias_w = torch.einsum("bhwc,wkc->bhwk", q, relative_positions(self.rel_pos_w, w, kw))
+        row = torch.eye(kh, dtype=k.dtype, device=k.device)[:, None].expand(N, kh, kw, kh)
+        column = torch.eye(kw, dtype=k.dtype, device=k.device).expand(N, kh, kw, kw)
+        asking = torch.cat((q * self.scale, bias_h.to(q.dtype), bias_w.to(q.dtype)), dim=-1)
+        asked = torch.cat((k, row, column), dim=-1)
+        out = fused_attention(
+            asking.view(N, 1, h * w, -1), asked.view(N, 1, kh * kw, -1), v.reshape(N, 1, kh * kw, c), scale=1.0
+        )
+        return out.reshape(N, h, w, c)
 
 
 def relative_positions(table: Tensor, queries: int, keys: int) -> Tensor:

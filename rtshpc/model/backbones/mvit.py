@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rtshpc.core.config import MViTConfig
+from rtshpc.fusion.recompute import chain, recomputed, same
 from rtshpc.model.backbones.attention import PoolingAttention
 from rtshpc.model.layers import Mlp, drop_path, layer_norm, start_transformer
 
@@ -27,8 +29,16 @@ class Block(nn.Module):
     """Attention and MLP, each on a skip; where the block widens, the skip is a projection of the normed input."""
 
     def __init__(
-        self, inside: int, outside: int, attention: PoolingAttention, stride_q: int, mlp_ratio: float, drop: float
+        self,
+        inside: int,
+        outside: int,
+        attention: PoolingAttention,
+        stride_q: int,
+        mlp_ratio: float,
+        drop: float,
+        again: bool = False,
     ) -> None:
+        """`again`: norms and activations are made again in backward (see `fusion.recompute.chain`)."""
         super().__init__()
         self.norm1 = layer_norm(inside)
         self.attn = attention
@@ -37,16 +47,18 @@ class Block(nn.Module):
         self.proj = nn.Linear(inside, outside) if inside != outside else None
         self.pool_skip = nn.MaxPool2d(stride_q + 1, stride_q, (stride_q + 1) // 2) if stride_q > 1 else None
         self.drop = drop
+        self.again = again
 
     def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
         """(B, H, W, inside) to (B, H / stride, W / stride, outside); draws (B, 2) uniform numbers for drop path."""
-        normed = self.norm1(x)
-        skip = x if self.proj is None else self.proj(normed)
+        # Made again, a norm belongs to the layer that takes it; where two take it, it is kept: the same sums.
+        given, norm = (x, self.norm1) if self.again and self.proj is None else (self.norm1(x), same)
+        skip = x if self.proj is None else chain(same, [(self.proj, same)], (given,), self.again)
         if self.pool_skip is not None:
             skip = self.pool_skip(skip.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         first, second = (None, None) if draws is None else draws.unbind(1)
-        x = skip + drop_path(self.attn(normed), first, self.drop)
-        return x + drop_path(self.mlp(self.norm2(x)), second, self.drop)
+        x = skip + drop_path(self.attn(given, norm, self.again), first, self.drop)
+        return x + drop_path(self.mlp(x, self.norm2, self.again), second, self.drop)
 
 
 class MViT(nn.Module):
@@ -72,8 +84,10 @@ class MViT(nn.Module):
         for i in range(config.depth):
             stride_q = 2 if i - 1 in last else 1
             stride = 2 * stride_kv if i in last[1:3] else stride_kv
-            attention = PoolingAttention(width, outside, heads, stride_q, stride, 0 if i in last[1:] else window, side)
-            self.blocks.append(Block(width, outside, attention, stride_q, config.mlp_ratio, rates[i]))
+            side_q = 0 if i in last[1:] else window
+            fused, again = config.attention == "fused", config.checkpoint == "light"
+            attention = PoolingAttention(width, outside, heads, stride_q, stride, side_q, side, fused)
+            self.blocks.append(Block(width, outside, attention, stride_q, config.mlp_ratio, rates[i], again))
             width = outside
             if i in last:
                 self.widths += (width,)
@@ -95,13 +109,16 @@ class MViT(nn.Module):
         """
         scales: list[Tensor] = []
         x = self.patch_embed(x)
-        for i, block in enumerate(self.blocks):
-            pair = None if draws is None else draws[:, 2 * i : 2 * i + 2]
-            if self.config.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, pair, use_reentrant=False)
-            else:
-                x = block(x, pair)
-            if i in self.config.last_blocks:
-                norm = getattr(self, f"scale{len(scales) + 2}_norm")
-                scales.append(norm(x).permute(0, 3, 1, 2))
+        for k in range(len(self.config.last_blocks)):
+            run = partial(self._scale, k, draws)
+            x, scale = recomputed(run, (x,)) if self.config.checkpoint == "stages" else run(x)
+            scales.append(scale.permute(0, 3, 1, 2))
         return tuple(scales)
+
+    def _scale(self, k: int, draws: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The blocks of scale k: their result (B, H, W, C), which the next scale takes, and its norm, the scale."""
+        last = self.config.last_blocks
+        for i in range(last[k - 1] + 1 if k else 0, last[k] + 1):
+            run = partial(self.blocks[i], draws=None if draws is None else draws[:, 2 * i : 2 * i + 2])
+            x = recomputed(run, (x,)) if self.config.checkpoint == "blocks" else run(x)
+        return x, getattr(self, f"scale{k + 2}_norm")(x)

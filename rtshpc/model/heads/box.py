@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from rtshpc.core.config import RoIConfig
+from rtshpc.fusion.recompute import chain, linear_in_rows
 from rtshpc.model.heads.boxes import BoxCoder, clip
+from rtshpc.model.heads.pooling import Pooled
 from rtshpc.model.layers import ConvNorm, start_msra, start_normal, start_xavier
 
 POOLED = 7
@@ -57,18 +60,23 @@ class BoxHead(nn.Module):
             self.add_module(name, layer)
             width = config.fc_dim
         self.width = width
+        self.recompute = config.recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, 7, 7) to (N, fc_dim)."""
-        if len(x) == 0:
+    def forward(self, features: Pooled) -> Tensor:
+        """Features of N boxes, side 7, to (N, fc_dim)."""
+        if len(features) == 0:
             # No batch norm over nothing; the zero still reaches every weight, as distributed training needs.
+            x = features.now()
             return x.new_zeros(0, self.width) + sum(p.sum() * 0.0 for p in self.parameters()) + x.sum() * 0.0
-        for name in self.convs:
-            x = getattr(self, name)(x)
-        x = x.flatten(1)
-        for name in self.fcs:
-            x = F.relu(getattr(self, name)(x))
-        return x
+        convs = [getattr(self, name) for name in self.convs]
+        steps = [(conv.convolve, conv.finish) for conv in convs]
+        linear = linear_in_rows if self.recompute else _linear
+        steps += [(partial(linear, getattr(self, name)), F.relu) for name in self.fcs]
+        return chain(features.make, steps, features.levels, self.recompute, self)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return layer(x.flatten(1))
 
 
 class BoxPredictor(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,11 @@ from torch import Tensor, nn
 from rtshpc.core.config import RoIConfig
 from rtshpc.model.heads.box import POOLED, BoxHead, BoxPredictor, RoIs
 from rtshpc.model.heads.boxes import BoxCoder, clip, nonempty
-from rtshpc.model.heads.pooling import pool
+from rtshpc.model.heads.pooling import Pooled
 from rtshpc.model.heads.standard import CODERS, Found, RoIHeads
 
 if TYPE_CHECKING:
     from rtshpc.data.sample import Target
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.scale, None
 
 
 class CascadeHeads(RoIHeads):
@@ -74,9 +61,7 @@ class CascadeHeads(RoIHeads):
 
     def _stage(self, levels: Sequence[Tensor], boxes: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
         """Logits and deltas of stage k; the pyramid takes one stage's share of the gradient."""
-        features = pool(levels, boxes, POOLED)
-        if self.training:
-            features = _ScaleGradient.apply(features, 1.0 / self.stages)
+        features = Pooled(levels, boxes, POOLED, 1.0 / self.stages if self.training else 1.0)
         return self.box_predictor[k](self.box_head[k](features))
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from rtshpc.core.config import RoIConfig
-from rtshpc.model.heads.pooling import rois
+from rtshpc.fusion.recompute import chain, same
+from rtshpc.model.heads.pooling import Pooled, rois
 from rtshpc.model.layers import ConvNorm, start_msra, start_normal
 
 POOLED = 14
@@ -31,31 +32,33 @@ class MaskHead(nn.Module):
         self.predictor = nn.Conv2d(channels, classes, 1)
         start_msra(self.deconv)
         start_normal(self.predictor, 0.001)
+        self.recompute = config.recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (N, C, 14, 14) to logits (N, classes, 28, 28)."""
-        for name in self.names:
-            x = getattr(self, name)(x)
-        return self.predictor(F.relu(self.deconv(x)))
+    def forward(self, features: Pooled) -> Tensor:
+        """Features of N boxes, side 14, to logits (N, classes, 28, 28)."""
+        convs = [getattr(self, name) for name in self.names]
+        steps = [(conv.convolve, conv.finish) for conv in convs]
+        steps += [(self.deconv, F.relu), (self.predictor, same)]
+        return chain(features.make, steps, features.levels, self.recompute, self)
 
-    def loss(self, features: Tensor, classes: Tensor, wanted: Tensor) -> Tensor:
+    def loss(self, features: Pooled, classes: Tensor, wanted: Tensor) -> Tensor:
         """Mean binary cross-entropy on the true class's channel.
 
         Args:
-            features: (N, C, 14, 14) of foreground boxes; may be empty.
+            features: of N foreground boxes, side 14; may be empty.
             classes: (N,).
             wanted: (N, 28, 28) bool.
         """
         if len(features) == 0:
             # No batch norm over nothing; the zero still reaches every weight, as distributed training needs.
-            return sum((p.sum() * 0.0 for p in self.parameters()), features.sum() * 0.0)
+            return sum((p.sum() * 0.0 for p in self.parameters()), features.now().sum() * 0.0)
         logits = self(features)[torch.arange(len(classes), device=classes.device), classes].float()
         return F.binary_cross_entropy_with_logits(logits, wanted.float())
 
-    def probabilities(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Features (N, C, 14, 14) and classes (N,) to (N, 28, 28) in [0, 1]."""
+    def probabilities(self, features: Pooled, classes: Tensor) -> Tensor:
+        """Features of N boxes and classes (N,) to (N, 28, 28) in [0, 1]."""
         if len(features) == 0:
-            return features.new_zeros(0, 2 * POOLED, 2 * POOLED)
+            return features.levels[0].new_zeros(0, 2 * POOLED, 2 * POOLED, dtype=torch.float32)
         return self(features)[torch.arange(len(classes), device=classes.device), classes].float().sigmoid()
 
 

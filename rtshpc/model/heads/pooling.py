@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,48 @@ from rtshpc.model.heads.boxes import area
 
 FIRST, LAST = 2, 5
 """Levels that boxes are pooled from."""
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.scale, None
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Features of boxes, made when a head asks for them: once, and again in backward where they are not kept.
+
+    Attributes:
+        levels: p2 to p5 (and more, not used).
+        boxes: for each image (N_i, 4), px of the network input.
+        side: height and width of the features.
+        share: of the gradient that reaches the levels.
+    """
+
+    levels: Sequence[Tensor]
+    boxes: Sequence[Tensor]
+    side: int
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return sum(len(b) for b in self.boxes)
+
+    def make(self, *levels: Tensor) -> Tensor:
+        """Features (sum N_i, C, side, side) from the levels."""
+        features = pool(levels, self.boxes, self.side)
+        return features if self.share == 1 else _ScaleGradient.apply(features, self.share)
+
+    def now(self) -> Tensor:
+        """Features from the levels held here."""
+        return self.make(*self.levels)
 
 
 def levels_of(boxes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from rtshpc.model.detections import Detections
 from rtshpc.model.heads import mask as masks
 from rtshpc.model.heads.box import POOLED, BoxHead, BoxPredictor, RoIs, choose
 from rtshpc.model.heads.boxes import BoxCoder, Matcher, iou
-from rtshpc.model.heads.pooling import pool
+from rtshpc.model.heads.pooling import Pooled
 from rtshpc.model.heads.sampling import Draw, in_ignored, subsample
 
 if TYPE_CHECKING:
@@ -99,15 +99,15 @@ class RoIHeads(nn.Module):
         front = [r[(r.classes >= 0) & (r.classes < self.classes)] for r in sampled]
         boxes, matched = [r.boxes for r in front], [r.matched for r in front]
         wanted = masks.crop_masks([t.masks for t in targets], boxes, matched)
-        return self.mask_head.loss(pool(levels, boxes, masks.POOLED), torch.cat([r.classes for r in front]), wanted)
+        features = Pooled(levels, boxes, masks.POOLED)
+        return self.mask_head.loss(features, torch.cat([r.classes for r in front]), wanted)
 
     def _with_masks(self, levels: Sequence[Tensor], found: list[Found]) -> list[Detections]:
         if self.mask_head is None:
             return [Detections(*image, None) for image in found]
         boxes = [image[0] for image in found]
-        probs = self.mask_head.probabilities(
-            pool(levels, boxes, masks.POOLED), torch.cat([image[2] for image in found])
-        )
+        classes = torch.cat([image[2] for image in found])
+        probs = self.mask_head.probabilities(Pooled(levels, boxes, masks.POOLED), classes)
         parts = probs.split([len(b) for b in boxes])
         return [Detections(*image, part) for image, part in zip(found, parts, strict=True)]
 
@@ -128,7 +128,7 @@ class StandardHeads(RoIHeads):
         self, levels: Sequence[Tensor], sampled: list[RoIs], sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
     ) -> dict[str, Tensor]:
         """`loss_cls` and `loss_box_reg`."""
-        logits, deltas = self.box_predictor(self.box_head(pool(levels, [r.boxes for r in sampled], POOLED)))
+        logits, deltas = self.box_predictor(self.box_head(Pooled(levels, [r.boxes for r in sampled], POOLED)))
         score, place = self.box_predictor.losses(logits, deltas, sampled)
         return {"loss_cls": score, "loss_box_reg": place}
 
@@ -136,7 +136,7 @@ class StandardHeads(RoIHeads):
         self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Found]:
         """Detected boxes, scores and classes of each image."""
-        logits, deltas = self.box_predictor(self.box_head(pool(levels, proposals, POOLED)))
+        logits, deltas = self.box_predictor(self.box_head(Pooled(levels, proposals, POOLED)))
         counts = [len(p) for p in proposals]
         boxes = self.box_predictor.coder.decode(deltas, torch.cat(list(proposals))).split(counts)
         scores = logits.softmax(dim=1).split(counts)

@@ -71,8 +71,9 @@ def training_table(records: RunRecords) -> Table:
 
 
 def _setting(result: CellResult) -> Entry:
-    device, precision = result.get("device"), result.get("precision")
-    return words(", ".join(str(part) for part in (device, precision) if part) or "–", source=result.source)
+    stored = "stored scales" if result.get("features") == "cached" else None
+    parts = (result.get("device"), result.get("precision"), stored)
+    return words(", ".join(str(part) for part in parts if part) or "–", source=result.source)
 
 
 def seed_sentence(records: RunRecords) -> str:
