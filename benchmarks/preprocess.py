@@ -1,15 +1,16 @@
 """GeoTIFF -> shards against the decode limit and a plain rasterio + h5py gzip loop, in CPU seconds of one run.
 
-    python benchmarks/preprocess.py [--json] [--files 200] [--repeats 3] [--kinds uint8 uint16 float32]
+    python benchmarks/preprocess.py [--json] [--files 40] [--repeats 8] [--kinds uint8 uint16 float32]
 
-All sides read the same files (5 x 512 x 512 px, page cache warm) with one thread, in turn, `--repeats` times; the
-least times are compared. `limit` decodes the images and nothing else. `writer` decodes them and writes the shard,
+All sides read the same files (5 x 512 x 512 px, page cache warm) with one thread, `--repeats` times; the least
+times are compared. `limit` decodes the images and nothing else. `writer` decodes them and writes the shard,
 without checksums. `whole` is the stage `preprocess` as it runs in a sweep: scene checks, validity, masks ->
 instances, statistics, CRC-32 of every chip, SHA-256 of every shard, sync. `naive` is a group a sample and gzip 4.
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -76,38 +77,27 @@ def naive(folder: Path, out: Path) -> None:
 SIDES: dict[str, Callable[[Path, Path], None]] = {"limit": decode, "writer": write, "whole": whole, "naive": naive}
 
 
-def back_memory(folder: Path, size: int) -> None:
-    """Write and remove files of `size` bytes, so that the next run finds page cache that the host has given already.
-
-    A virtual machine gets its pages from the host at their first touch, and hands back those that lie free for
-    seconds; writing a byte to such a page costs ten times the copy, and whoever comes first would pay for all.
-    """
-    block = np.ones(4 << 20, dtype=np.uint8)
-    for _ in range(3):
-        scratch = folder / "scratch"
-        with scratch.open("wb") as file:
-            for _ in range(-(-size // len(block))):
-                file.write(block)
-        scratch.unlink()
-
-
 def measure(folder: Path, work: Path, repeats: int) -> dict[str, dict[str, float]]:
-    """Least CPU and wall seconds of each side, taken in turn: a busy or virtual machine only adds to them."""
-    cpu: dict[str, list[float]] = {side: [] for side in SIDES}
-    wall: dict[str, list[float]] = {side: [] for side in SIDES}
-    size = sum(1 for _ in folder.glob("scene*.tif")) * BANDS * SIZE * SIZE * np.dtype(folder.name).itemsize
-    decode(folder, work)
-    for _ in range(repeats):
-        for side, run in SIDES.items():
+    """Least CPU and wall seconds of each side: a busy or virtual machine only adds to them.
+
+    The runs of a side follow one another at once. A virtual machine gets its pages from the host at their first
+    touch and hands back those that lie free for seconds; writing to such a page costs ten times the copy, and
+    from the second run on the pages are the ones that the run before has just freed.
+    """
+    seconds: dict[str, dict[str, float]] = {}
+    for side, run in SIDES.items():
+        cpu: list[float] = []
+        wall: list[float] = []
+        for _ in range(repeats + 1):
             out = work / "out"
             out.mkdir()
-            back_memory(work, int(1.3 * size) + (64 << 20))
             start = time.process_time(), time.perf_counter()
             run(folder, out)
-            cpu[side].append(time.process_time() - start[0])
-            wall[side].append(time.perf_counter() - start[1])
+            cpu.append(time.process_time() - start[0])
+            wall.append(time.perf_counter() - start[1])
             shutil.rmtree(out)
-    return {side: {"cpu_s": min(cpu[side]), "wall_s": min(wall[side])} for side in SIDES}
+        seconds[side] = {"cpu_s": min(cpu[1:]), "wall_s": min(wall[1:])}
+    return seconds
 
 
 def compare(kind: str, seconds: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -122,12 +112,13 @@ def compare(kind: str, seconds: dict[str, dict[str, float]]) -> dict[str, float]
 
 def main(arguments: list[str]) -> int:
     """Measure and print; exit code 1 when a target is missed."""
-    parser = options(__doc__, files=200, repeats=3)
+    parser = options(__doc__, files=40, repeats=8)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--folder", type=Path, help="where the files are made (default: the temporary folder)")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    gc.freeze()  # as the runner of a task does
     seconds: dict[str, dict[str, dict[str, float]]] = {}
     with rasterio.Env(GDAL_NUM_THREADS="1"), tempfile.TemporaryDirectory(dir=given.folder) as root:
         for kind in given.kinds:

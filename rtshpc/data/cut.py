@@ -57,12 +57,14 @@ class SceneFacts:
     Attributes:
         crs_wkt: CRS of its grid.
         corners: (x, y) of the corners, in order around.
+        instances: how many it holds; no chip holds more.
         missing: modalities it lacks.
         warnings: what was odd but usable.
     """
 
     crs_wkt: str = ""
     corners: list[tuple[float, float]] = field(default_factory=list)
+    instances: int = 0
     missing: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -78,6 +80,7 @@ def cut_scene(scene: Scene, data: DataConfig, facts: SceneFacts) -> Generator[Cu
         facts.crs_wkt, facts.corners = grid.crs_wkt, corners_of(grid)
         facts.missing = sorted(opened.missing)
         instances = opened.instances()
+        facts.instances = instances.count
         facts.warnings = list(opened.warnings)
         for box in chip_boxes(grid.width, grid.height, data.chip):
             chip = _cut(opened, instances, box, data)

@@ -22,7 +22,7 @@ from rtshpc.core.records import SILENT, Progress, read_json
 from rtshpc.data.augment import augment as augmented
 from rtshpc.data.normalise import normalise
 from rtshpc.data.sample import Sample, Target, target_of
-from rtshpc.data.shard import IDS, VALID, file_sha256, load_plugins, record_crc
+from rtshpc.data.shard import VALID, file_sha256, ids_of, load_plugins, record_crc
 
 SPLITS = ("train", "val", "test")
 _LZ4 = 32004
@@ -257,7 +257,7 @@ class ShardDataset(Dataset[Sample]):
 
     def _decode(self, chip: Mapping[str, Any], record: Any) -> Sample:
         file = self._files[chip["shard"]]
-        ids: npt.NDArray[np.uint16] = record[IDS]
+        ids = ids_of(record)
         size = ids.shape[-1]
         images: dict[str, Tensor] = {}
         valid: dict[str, Tensor] = {}
@@ -269,7 +269,7 @@ class ShardDataset(Dataset[Sample]):
             facts = self._index["modalities"][name]
             scale, offset = file.scaling[chip["row"], file.order[name]]
             images[name] = normalise(record[name], mask, (float(scale), float(offset)), facts["mean"], facts["std"])
-        target = target_of(torch.from_numpy(ids.astype(np.int32)), file.classes(chip["row"]).tolist())
+        target = target_of(torch.from_numpy(ids), file.classes(chip["row"]).tolist())
         sample = Sample(
             id=chip["id"],
             scene=chip["scene"],

@@ -5,7 +5,8 @@ contiguous read; plain h5py opens it (`file["chips"][3]["rgb"]`). The fields of 
 
 - one per modality, (C, H, W) in the raster's own type, exactly as stored there;
 - `<modality>:valid`, (H, ceil(W / 8)) uint8, bits of a row, 1 = data, most significant bit first;
-- `:ids`, (H, W) uint16, 0 = ground, 1..n = instances, 65535 = unlabelled.
+- `:ids`, (H, W) uint8, 0 = ground, 1..n = instances, 255 = unlabelled; uint16 and 65535 in a shard for scenes of
+  more than 254 instances.
 
 Beside it: `crc32` (n,) of each record's bytes and classes; `class_start` (n + 1,) and `classes`: class of
 instance k of chip i is `classes[class_start[i] + k - 1]`; `scaling` (n, M, 2): scale and offset to the
@@ -20,7 +21,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -34,11 +35,13 @@ from rtshpc.core.records import replacing
 from rtshpc.data.normalise import Statistics
 from rtshpc.data.sample import IGNORE_ID
 
-FORMAT = 1
-"""Version of the layout above."""
+FORMAT = 2
+"""Version of the layout above; format 1 had two bytes an id everywhere, and is read like any other."""
 IDS = ":ids"
 VALID = ":valid"
 MOST_INSTANCES = IGNORE_ID - 1
+MOST_IN_A_BYTE = 254
+_IGNORE_BYTE = 255
 _GROW = 256
 
 Compression = Literal["none", "lz4", "gzip"]
@@ -51,18 +54,23 @@ class Layout:
     Attributes:
         size_px: side of a chip.
         modalities: name -> (channels, NumPy type), in order.
+        wide_ids: two bytes an instance id instead of one.
     """
 
     size_px: int
     modalities: tuple[tuple[str, int, str], ...]
+    wide_ids: bool = False
 
     @classmethod
-    def of(cls, pixels: Mapping[str, npt.NDArray[Any]]) -> Layout:
-        """The layout of chips like this one: modality -> (C, H, W)."""
+    def of(cls, pixels: Mapping[str, npt.NDArray[Any]], instances: int = 0) -> Layout:
+        """The layout of chips like this one: modality -> (C, H, W), with at most so many instances each."""
         size = next(iter(pixels.values())).shape[-1]
-        return cls(
-            size, tuple((name, len(layers), layers.dtype.newbyteorder("<").str) for name, layers in pixels.items())
-        )
+        kinds = tuple((name, len(layers), layers.dtype.newbyteorder("<").str) for name, layers in pixels.items())
+        return cls(size, kinds, instances > MOST_IN_A_BYTE)
+
+    def holds(self, other: Layout) -> bool:
+        """Whether a chip of the layout `other` can be written in this one."""
+        return self == replace(other, wide_ids=self.wide_ids) and self.wide_ids >= other.wide_ids
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -70,7 +78,8 @@ class Layout:
         side, packed = self.size_px, -(-self.size_px // 8)
         order = sorted(self.modalities, key=lambda entry: -np.dtype(entry[2]).itemsize)
         fields: list[Any] = [(name, kind, (channels, side, side)) for name, channels, kind in order]
-        fields.insert(sum(np.dtype(kind).itemsize > 1 for _, _, kind in order), (IDS, "<u2", (side, side)))
+        ids = "<u2" if self.wide_ids else "u1"
+        fields.insert(sum(np.dtype(kind).itemsize > 1 for _, _, kind in order), (IDS, ids, (side, side)))
         fields += [(name + VALID, "u1", (side, packed)) for name, _, _ in order]
         return np.dtype(fields)
 
@@ -133,10 +142,6 @@ class ShardWriter:
         """Uncompressed bytes of the records so far."""
         return len(self._chips) * self.dtype.itemsize
 
-    def fits(self, pixels: Mapping[str, npt.NDArray[Any]]) -> bool:
-        """Whether a chip has this shard's layout."""
-        return Layout.of(pixels) == self.layout
-
     def append(
         self,
         chip: Chip,
@@ -160,8 +165,13 @@ class ShardWriter:
 
         Returns:
             The chip's row in the shard.
+
+        Raises:
+            ValueError: more instances than the layout's ids can tell apart.
         """
         row = len(self._chips)
+        if len(classes) > (MOST_INSTANCES if self.layout.wide_ids else MOST_IN_A_BYTE):
+            raise ValueError(f"{chip.id}: {len(classes)} instances do not fit in {self.layout}")
         packed: dict[int, npt.NDArray[np.uint8]] = {}
         for name, _, _ in self.layout.modalities:
             self._record[name] = pixels[name]
@@ -170,7 +180,7 @@ class ShardWriter:
                 packed[id(mask)] = np.packbits(mask, axis=-1)
             self._record[name + VALID] = packed[id(mask)]
             self._statistics[name].append(statistics[name].to_array())
-        self._record[IDS] = ids
+        self._record[IDS] = ids  # one byte keeps the lower one, which makes `IGNORE_ID` 255
         if row >= self._room:
             self._room = row + _GROW
             self._data.resize((self._room,))
@@ -256,6 +266,15 @@ def load_plugins() -> Any:
     except ImportError:
         raise MissingExtra("data.shard.compression = lz4 needs hdf5plugin, which is not installed") from None
     return hdf5plugin
+
+
+def ids_of(record: Any) -> npt.NDArray[np.int32]:
+    """Instance ids of a record, (H, W), with `IGNORE_ID` where nothing is labelled."""
+    stored = record[IDS]
+    ids = stored.astype(np.int32)
+    if stored.dtype.itemsize == 1:
+        ids[stored == _IGNORE_BYTE] = IGNORE_ID
+    return ids
 
 
 def record_crc(record: npt.NDArray[np.uint8], classes: Sequence[int]) -> int:

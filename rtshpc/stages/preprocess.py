@@ -119,11 +119,12 @@ class _Task:
     def _open_shard(self, cut: CutChip, facts: SceneFacts) -> tuple[CutChip, int]:
         """Make sure that a shard of the chip's layout is open; gives the chip in that layout and the first row."""
         cut = self._adapted(cut, facts)
-        if self._writer is not None and not self._writer.fits(cut.pixels):
+        layout = Layout.of(cut.pixels, facts.instances)
+        if self._writer is not None and not self._writer.layout.holds(layout):
             self.close_shard()
         if self._writer is None:
             path = self._paths.shard(self._number, self._parts)
-            self._writer = ShardWriter(path, Layout.of(cut.pixels), self._data.shard.compression)
+            self._writer = ShardWriter(path, layout, self._data.shard.compression)
         return cut, len(self._writer)
 
     def _adapted(self, cut: CutChip, facts: SceneFacts) -> CutChip:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib
 import os
 import platform
@@ -88,6 +89,7 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
     print(f"{cell.label} ({cell.id}) started {started}", flush=True)
     try:
         module = importlib.import_module(f"rtshpc.stages.{cell.stage}")
+        gc.freeze()  # the libraries' objects live as long as the task: no collection need walk them
         results = module.run(cell, paths, Progress(folder.progress))
         record = Record(
             cell=cell.id,

@@ -19,7 +19,7 @@ from rtshpc.core.scenes import list_scenes
 from rtshpc.data.normalise import statistics_of
 from rtshpc.data.reader import ShardDataset, ShardFile, enlarged, read_index, verify_shards
 from rtshpc.data.sample import IGNORE_ID, boxes_of, collate
-from rtshpc.data.shard import IDS, VALID, Chip, Layout, ShardWriter, file_sha256
+from rtshpc.data.shard import IDS, MOST_IN_A_BYTE, VALID, Chip, Layout, ShardWriter, file_sha256, ids_of
 
 Made = tuple[DataConfig, RunPaths, dict[str, Any]]
 
@@ -59,8 +59,31 @@ def test_every_type_survives_the_round_trip_exactly(tmp_path: Path, compression:
             assert np.array_equal(
                 np.unpackbits(record[name + VALID], axis=-1, count=21).astype(bool), row["valid"][name]
             )
-        assert np.array_equal(record[IDS], row["ids"]) and list(file.classes(number)) == row["classes"]
+        assert record[IDS].dtype == np.uint8
+        assert np.array_equal(ids_of(record), row["ids"]) and list(file.classes(number)) == row["classes"]
     file.close()
+
+
+def test_a_scene_of_many_instances_gets_ids_of_two_bytes(tmp_path: Path) -> None:
+    pixels = {"a": np.ones((1, 32, 32), np.uint8)}
+    valid = {"a": np.ones((32, 32), bool)}
+    ids = np.minimum(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32), 400)
+    ids[0, 0] = IGNORE_ID
+    stats = {"a": statistics_of(pixels["a"], valid["a"])}
+    chip = Chip("c", "s", "site", (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), "WKT")
+    facts = (chip, pixels, valid, ids, [0] * 400, {"a": (1.0, 0.0)}, stats)
+    narrow, wide = Layout.of(pixels, MOST_IN_A_BYTE), Layout.of(pixels, MOST_IN_A_BYTE + 1)
+    assert wide.holds(narrow) and not narrow.holds(wide)
+    assert not wide.holds(Layout.of({"b": pixels["a"]}))
+    with ShardWriter(tmp_path / "narrow.h5", narrow) as writer, pytest.raises(ValueError, match="400 instances"):
+        writer.append(*facts)
+    with ShardWriter(tmp_path / "wide.h5", wide) as writer:
+        writer.append(*facts)
+        writer.close()
+    file = ShardFile(tmp_path / "wide.h5")
+    raw = np.zeros(file.dtype.itemsize, dtype=np.uint8)
+    file.read_into(0, memoryview(raw))
+    assert np.array_equal(ids_of(raw.view(file.dtype)[0]), ids)
 
 
 def test_plain_h5py_reads_a_shard_by_names(tmp_path: Path) -> None:
@@ -155,9 +178,9 @@ def test_pixels_masks_and_places_survive_from_geotiff_to_shard(small_run: Made) 
         assert np.array_equal(record["rgb"], pixels[:3]) and np.array_equal(record["ndvi"][0], pixels[3])
         assert np.array_equal(np.unpackbits(record["rgb" + VALID], axis=-1).astype(bool), valid)
         present = np.unique(ids[ids > 0])
-        assert chip["instances"] == len(present) == int(record[IDS].max())
+        assert chip["instances"] == len(present) == int(ids_of(record).max())
         for new, old in enumerate(present, 1):
-            assert np.array_equal(record[IDS] == new, ids == old)
+            assert np.array_equal(ids_of(record) == new, ids == old)
         assert chip["valid_fraction"] == valid.mean()
 
 
