@@ -39,7 +39,7 @@ from rtshpc.stages import gather
 
 BATCH = 8
 TARGETS = {"memmap / records": 1.0, "torchgeo / records": 9.0}
-"""Least CPU time of a peer over ours, through the loader (PERFORMANCE.md, "Random reads")."""
+"""Least CPU time of a peer over ours, through the loader."""
 
 
 class Memmap(Dataset[Tensor]):

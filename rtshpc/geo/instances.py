@@ -1,7 +1,6 @@
 """Masks, id rasters and polygons become instances: one integer a slump on the primary grid.
 
-Instances are 8-connected components with their holes (PERFORMANCE.md, "Masks -> instances"); id rasters and
-polygons keep touching slumps apart.
+Instances are 8-connected components with their holes; id rasters and polygons keep touching slumps apart.
 """
 
 from __future__ import annotations

@@ -36,6 +36,11 @@ class ConvNorm(nn.Conv2d):
         return F.relu(x) if self.relu else x
 
 
+def waits_for_others(module: nn.Module) -> bool:
+    """Whether norms of `module` meet those of other processes (SyncBatchNorm): whoever skips them holds all up."""
+    return any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+
+
 class Mlp(nn.Module):
     """Two linear layers with an exact (erf) GELU between, on the last axis."""
 

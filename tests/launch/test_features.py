@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from rtshpc.launch.plan import Plan
 from rtshpc.launch.status import run_status
 from rtshpc.launch.submit import _arrays, prepare
 
-from .conftest import Launcher
+from .conftest import ROOT, Launcher
 from .test_plan import plan_of
 
 CACHED = "finetune.features=cached"
@@ -136,3 +138,21 @@ def test_a_sweep_on_stored_scales_runs_in_one_command_beside_a_live_one(launcher
             scores[record.results["varied"]["finetune.features"]] = record.results["images"]
     assert scores.keys() == {"live", "cached"} and len(set(scores.values())) == 1
     assert "nothing to do" in launcher.run("sweep", *sets).stdout
+    _scored_again(paths)
+
+
+def _scored_again(paths: RunPaths) -> None:
+    """benchmarks/ap50_changes.py finds the records' figures, and names what it changed."""
+    script = ROOT / "benchmarks" / "ap50_changes.py"
+    line = [sys.executable, str(script), str(paths.root), "--json", "--window", "8"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["ap50"]
+    records = [
+        read_record(paths.cell(row["id"]).record) for row in run_status(paths)["cells"] if row["stage"] == "evaluate"
+    ]
+    wanted = {r.results["trained_label"]: r.results["mask"]["AP50"] for r in records if r is not None}
+    assert {label: figures["as trained"] for label, figures in found.items()} == wanted and len(wanted) == 4
+    fused = {label: set(figures) for label, figures in found.items() if label.startswith("finetune")}
+    changes = {"as trained", "without ndvi", "frozen_dtype=bf16", "window_px=8"}
+    assert len(fused) == 2 and all(names == changes for names in fused.values())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from rtshpc.core.errors import ConfigError, ShapeError
 from rtshpc.core.load import load_model
@@ -32,6 +33,36 @@ def test_images_without_ground_truth_train_with_finite_losses_and_gradients_ever
     assert all(math.isfinite(v.item()) for v in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+class FakeSyncBatchNorm(nn.SyncBatchNorm):
+    """Stands in for the norm that GPUs share, which does not run on CPUs: counts its calls, norms what there is."""
+
+    calls = 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        if len(input) == 0:
+            return input * self.weight[:, None, None] + self.bias[:, None, None]
+        return nn.functional.batch_norm(input, None, None, self.weight, self.bias, True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_images_without_ground_truth_meet_every_norm_that_other_processes_wait_in(
+    recompute: bool, build, images, target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    for boxes in ([], [(4, 6, 30, 40)]):
+        model = build({"rgb": 3}, roi__norm="bn", roi__recompute=recompute)
+        for head in [part for part in model.modules() if isinstance(getattr(part, "norm", None), nn.BatchNorm2d)]:
+            head.norm = FakeSyncBatchNorm(head.norm.num_features)
+        monkeypatch.setattr(FakeSyncBatchNorm, "calls", 0)
+        losses = model(images(rgb=3), [target(*boxes), target(*boxes)], [1, 2])
+        assert all(math.isfinite(v.item()) for v in losses.values())
+        sum(losses.values()).backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+        calls.append(FakeSyncBatchNorm.calls)
+    assert calls[0] == calls[1] > 0
 
 
 @pytest.mark.parametrize("size", [(33, 61), (64, 64), (97, 40)])

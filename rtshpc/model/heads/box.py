@@ -15,7 +15,7 @@ from rtshpc.core.config import RoIConfig
 from rtshpc.fusion.recompute import chain, linear_in_rows
 from rtshpc.model.heads.boxes import BoxCoder, clip
 from rtshpc.model.heads.pooling import Pooled
-from rtshpc.model.layers import ConvNorm, start_msra, start_normal, start_xavier
+from rtshpc.model.layers import ConvNorm, start_msra, start_normal, start_xavier, waits_for_others
 
 POOLED = 7
 """Side of the features of a box."""
@@ -64,7 +64,7 @@ class BoxHead(nn.Module):
 
     def forward(self, features: Pooled) -> Tensor:
         """Features of N boxes, side 7, to (N, fc_dim)."""
-        if len(features) == 0:
+        if len(features) == 0 and not waits_for_others(self):
             # No batch norm over nothing; the zero still reaches every weight, as distributed training needs.
             x = features.now()
             return x.new_zeros(0, self.width) + sum(p.sum() * 0.0 for p in self.parameters()) + x.sum() * 0.0

@@ -12,7 +12,7 @@ from torchvision.ops import roi_align
 from rtshpc.core.config import RoIConfig
 from rtshpc.fusion.recompute import chain, same
 from rtshpc.model.heads.pooling import Pooled, rois
-from rtshpc.model.layers import ConvNorm, start_msra, start_normal
+from rtshpc.model.layers import ConvNorm, start_msra, start_normal, waits_for_others
 
 POOLED = 14
 """Side of the features of a box; the mask has twice that."""
@@ -49,6 +49,8 @@ class MaskHead(nn.Module):
             classes: (N,).
             wanted: (N, 28, 28) bool.
         """
+        if len(features) == 0 and waits_for_others(self):
+            return self(features).sum() * 0.0
         if len(features) == 0:
             # No batch norm over nothing; the zero still reaches every weight, as distributed training needs.
             return sum((p.sum() * 0.0 for p in self.parameters()), features.now().sum() * 0.0)
