@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from rtshpc.core.config.checks import FILE_NAME, Names, ordered, rising, unique
+from rtshpc.core.config.checks import FILE_NAME, SHA256, Binds, Names, ordered, rising, unique
 from rtshpc.core.config.data import DataConfig
 from rtshpc.core.config.explain import show
 from rtshpc.core.config.model import ModelConfig
@@ -111,7 +111,7 @@ class PretrainConfig(TrainConfig):
 
     modalities: Names = doc("modalities to pretrain; empty = all of the data", ())
     init: str = doc("weights to start from: none, or a file, relative to the current folder (docs/weights.md)", NO_FILE)
-    init_sha256: str = doc("what that file must be; empty = the plan fills it in", "", pattern=r"^([0-9a-f]{64})?$")
+    init_sha256: str = doc("what that file must be; empty = the plan fills it in", "", pattern=SHA256)
 
     @model_validator(mode="after")
     def _init_is_a_file(self) -> PretrainConfig:
@@ -166,8 +166,19 @@ class SiteConfig(Section):
     cpus: int = doc("cores of a job", 1, ge=1)
     memory_gb: int = doc("memory of a job, GB", 8, ge=1)
     minutes: int = doc("time limit of a job, minutes", 240, ge=1)
-    image: str = doc("Apptainer image the tasks run in; empty = this environment", "")
-    binds: tuple[str, ...] = doc("paths bound into the image", ())
+    image: str = doc("Apptainer image (.sif) the tasks run in; empty = this environment", "")
+    image_sha256: str = doc("what that file must be; empty = any, and records say which", "", pattern=SHA256)
+    binds: Binds = doc(
+        'folders seen in the image besides those a task is known to use: "SOURCE[:DESTINATION[:ro]]"', ()
+    )
+    dev_bind: str = doc("clone whose code runs in place of the image's own; every record says so", "")
+
+    @model_validator(mode="after")
+    def _of_an_image(self) -> SiteConfig:
+        for key in ("image_sha256", "dev_bind"):
+            if getattr(self, key) and not self.image:
+                raise ValueError(f"{key} is given without image")
+        return self
 
 
 class RunConfig(Section):
