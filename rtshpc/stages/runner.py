@@ -24,7 +24,8 @@ from rtshpc.core.errors import MissingExtra, RtshpcError, RunError, guess
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import Progress, Record, append_line, read_lines, read_plan, write_json, write_record
+from rtshpc.core.records import Progress, Record, read_plan, write_json, write_record
+from rtshpc.hpc import books
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
 from rtshpc.hpc.site import code_version, cpu_model
 
@@ -84,7 +85,7 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
     folder.failure.unlink(missing_ok=True)
     folder.record.unlink(missing_ok=True)
     _sweep_leftovers(folder)
-    append_line(folder.attempts, {"started": started, "host": platform.node(), "pid": os.getpid()})
+    books.begin(folder, started)
     _set_threads(cell)
     print(f"{cell.label} ({cell.id}) started {started}", flush=True)
     try:
@@ -98,13 +99,17 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
             result_version=RESULT_VERSION[cell.stage],
             started=started,
             seconds=round(time.monotonic() - began, 3),
-            attempts=len(read_lines(folder.attempts)),
+            attempts=len(books.attempts(folder, running=True)),
             environment=_environment(paths),
             results=results,
         )
         write_record(folder.record, record)
     except Exception as error:
         return _fail(folder, error)
+    except SystemExit:
+        books.end(folder, books.STOPPED)
+        raise
+    books.end(folder, "done")
     folder.progress.unlink(missing_ok=True)
     print(f"{cell.label} done in {record.seconds:.1f} s", flush=True)
     return 0
@@ -130,6 +135,7 @@ def _fail(folder: CellPaths, error: Exception) -> int:
     facts = {"error": " ".join(text.split()), "kind": type(error).__name__, "traceback": trace}
     with suppress(OSError):
         write_json(folder.failure, facts)
+        books.end(folder, "failed")
     return 2 if mistake else 1
 
 
