@@ -1,8 +1,8 @@
-"""Our own books: what every attempt on a cell took, noted by the attempt itself in `attempts.jsonl`.
+"""Our own books: what every attempt on a cell was given and took, noted by the attempt itself.
 
-An attempt writes a line when it begins and one when it ends. One that was killed writes no second line; then the
-last time it told its progress is its end. So GPU-hours are known without Slurm's accounting, to within the
-pause between two steps.
+An attempt writes a line in `attempts.jsonl` when it begins and one in `spent.jsonl` when it ends. One that was killed
+does not write the second; then the last time it told its progress is its end. So GPU-hours are known without
+Slurm's accounting, to within the pause between two steps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -57,27 +58,35 @@ class Attempt:
     gpu_peak_bytes: int | None = None
 
 
-def begin(folder: CellPaths, started: str) -> None:
-    """Note that an attempt begins, and when the one before it was last heard of, if that left without a word."""
-    rows = read_lines(folder.attempts)
-    if rows and "started" in rows[-1]:
-        append_line(folder.attempts, {"how": LOST, "ended": _last_word(folder, str(rows[-1]["started"]))})
+def begin(folder: CellPaths, started: str) -> int:
+    """Note that an attempt begins, and when the one before it was last heard of, if that left without a word.
+
+    Returns:
+        Its number, from 1.
+    """
+    before = read_lines(folder.attempts)
+    if before and len(before) not in _ends(folder):
+        last = str(before[-1]["started"])
+        append_line(folder.spent, {"attempt": len(before), "how": LOST, "ended": _last_word(folder, last)})
     append_line(folder.attempts, {"started": started, "host": platform.node(), "pid": os.getpid(), **_given()})
+    return len(before) + 1
 
 
-def end(folder: CellPaths, how: str) -> None:
-    """Note that the attempt of this process ends, and what it took."""
+def end(folder: CellPaths, number: int, how: str) -> None:
+    """Note that attempt `number`, which this process made, ends, and what it took; a full disk is passed over."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
     taken = {
+        "attempt": number,
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "how": how,
         "peak_bytes": max(own.ru_maxrss, children.ru_maxrss) * 1024,
         "cpu_s": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 1),
         "gpu_peak_bytes": int(torch.cuda.max_memory_reserved()) if torch is not None and on_gpu else None,
     }
-    append_line(folder.attempts, taken)
+    with suppress(OSError):
+        append_line(folder.spent, taken)
 
 
 def attempts(folder: CellPaths, running: bool = False) -> list[Attempt]:
@@ -87,17 +96,21 @@ def attempts(folder: CellPaths, running: bool = False) -> list[Attempt]:
         folder: the cell.
         running: the last attempt may still be at work; without, one that has not said its end is lost.
     """
-    found: list[Attempt] = []
-    for row in read_lines(folder.attempts):
-        if "started" in row:
-            if found and not found[-1].how:  # books of an older form do not tell when it ended
-                found[-1] = replace(found[-1], how=LOST, seconds=0.0)
-            found.append(_begun(row))
-        elif found and "ended" in row:
-            found[-1] = _ended(found[-1], row)
-    if found and not found[-1].how and not running:
-        found[-1] = _ended(found[-1], {"how": LOST, "ended": _last_word(folder, found[-1].started)})
+    ends = _ends(folder)
+    found = [_begun(row) for row in read_lines(folder.attempts) if "started" in row]
+    for place, attempt in enumerate(found):
+        if place + 1 in ends:
+            found[place] = _ended(attempt, ends[place + 1])
+        elif place + 1 < len(found):  # books of an older form do not tell when it ended
+            found[place] = replace(attempt, how=LOST, seconds=0.0)
+        elif not running:
+            found[place] = _ended(attempt, {"how": LOST, "ended": _last_word(folder, attempt.started)})
     return found
+
+
+def _ends(folder: CellPaths) -> dict[int, dict[str, Any]]:
+    """Number of an attempt -> the line of its end."""
+    return {row["attempt"]: row for row in read_lines(folder.spent) if "attempt" in row and "ended" in row}
 
 
 def _begun(row: Mapping[str, Any]) -> Attempt:

@@ -85,7 +85,7 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
     folder.failure.unlink(missing_ok=True)
     folder.record.unlink(missing_ok=True)
     _sweep_leftovers(folder)
-    books.begin(folder, started)
+    number = books.begin(folder, started)
     _set_threads(cell)
     print(f"{cell.label} ({cell.id}) started {started}", flush=True)
     try:
@@ -99,17 +99,17 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
             result_version=RESULT_VERSION[cell.stage],
             started=started,
             seconds=round(time.monotonic() - began, 3),
-            attempts=len(books.attempts(folder, running=True)),
+            attempts=number,
             environment=_environment(paths),
             results=results,
         )
         write_record(folder.record, record)
     except Exception as error:
-        return _fail(folder, error)
+        return _fail(folder, number, error)
     except SystemExit:
-        books.end(folder, books.STOPPED)
+        books.end(folder, number, books.STOPPED)
         raise
-    books.end(folder, "done")
+    books.end(folder, number, "done")
     folder.progress.unlink(missing_ok=True)
     print(f"{cell.label} done in {record.seconds:.1f} s", flush=True)
     return 0
@@ -124,8 +124,8 @@ def missing_library(error: ModuleNotFoundError) -> Exception:
     )
 
 
-def _fail(folder: CellPaths, error: Exception) -> int:
-    """Write failure.json and say why; a full disk must not hide the first error."""
+def _fail(folder: CellPaths, number: int, error: Exception) -> int:
+    """Write failure.json, say why and close the books; a full disk must not hide the first error."""
     if isinstance(error, ModuleNotFoundError):
         error = missing_library(error)
     mistake = isinstance(error, RtshpcError)
@@ -135,7 +135,7 @@ def _fail(folder: CellPaths, error: Exception) -> int:
     facts = {"error": " ".join(text.split()), "kind": type(error).__name__, "traceback": trace}
     with suppress(OSError):
         write_json(folder.failure, facts)
-        books.end(folder, "failed")
+        books.end(folder, number, "failed")
     return 2 if mistake else 1
 
 

@@ -220,7 +220,7 @@ def test_usage_adds_up_every_attempt_by_sacct_or_else_by_what_the_tasks_noted(
     finish(plan, cell)
     noted = {"started": "2026-01-02T03:00:00+00:00", "job": job_of(plan, other), "gpus": 2, "cpus": 4}
     append_line(plan.paths.cell(other.id).attempts, noted)
-    append_line(plan.paths.cell(other.id).attempts, {"ended": "2026-01-02T04:00:00+00:00", "how": "failed"})
+    append_line(plan.paths.cell(other.id).spent, {"attempt": 1, "ended": "2026-01-02T04:00:00+00:00", "how": "failed"})
     run = str(plan.paths.root)
 
     def asked() -> dict[str, Any]:

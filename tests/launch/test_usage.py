@@ -36,10 +36,10 @@ def test_an_attempt_notes_what_it_was_given_and_what_it_took(cell: CellPaths, mo
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    books.begin(cell, "2026-01-02T03:00:00+00:00")
+    assert books.begin(cell, "2026-01-02T03:00:00+00:00") == 1
     (running,) = books.attempts(cell, running=True)
     assert (running.seconds, running.how) == (None, "")
-    books.end(cell, "done")
+    books.end(cell, 1, "done")
     (done,) = books.attempts(cell)
     assert (done.job, done.gpus, done.cpus, done.memory_bytes, done.how) == ("7_3", 4, 16, 4 * GIB, "done")
     assert done.seconds and done.seconds > 0 and done.peak_bytes and done.peak_bytes > 1 << 20
@@ -58,7 +58,7 @@ def test_a_killed_attempt_ended_when_it_last_told_its_progress(cell: CellPaths) 
     assert when.seconds != 600
     books.begin(cell, "2026-01-02T04:00:00+00:00")
     cell.progress.unlink()
-    books.end(cell, "done")
+    books.end(cell, 2, "done")
     first, second = books.attempts(cell)
     assert (first.how, first.seconds, second.how) == (books.LOST, 600, "done")
 
