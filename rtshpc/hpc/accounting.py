@@ -75,6 +75,7 @@ REASONS = {
     "InvalidAccount": "the account may not run here; see `doctor --site`",
     "InvalidQOS": "the QOS may not be used; see `doctor --site`",
     "NodeDown": "its node is down",
+    "Nodes required for job are DOWN": "all nodes it could take are down, drained or kept for others",
     "Cleaning": "its last attempt is being cleared away",
     "launch_failed_requeued_held": "could not be started on its node; `scontrol release` tries again",
     "job_requeued_in_held_state": "requeued and held; `scontrol release` lets it go",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rtshpc.core.config import RunConfig
 from rtshpc.core.errors import RunError
 from rtshpc.core.paths import RunPaths
+from rtshpc.core.records import write_json
 from rtshpc.hpc.accounting import ask_queue
-from rtshpc.launch.status import LOST_CELL, is_locked, read_ledger, read_plan, run_status
+from rtshpc.launch.status import CANCELLED, LOST_CELL, is_locked, read_ledger, read_plan, run_status
 from rtshpc.launch.submit import launcher_lock
 
 POLL_SECONDS = 0.5
@@ -61,31 +63,36 @@ def follow_log(paths: RunPaths, cell_id: str, say: Callable[..., None]) -> None:
 
 
 def cancel_jobs(paths: RunPaths, only: str | None = None) -> list[str]:
-    """Cancel what Slurm still has of a run, or of one cell, and tell it.
+    """Cancel what Slurm still has of a run, or of one cell and all that builds on it, and tell it.
 
-    The run's lock is held meanwhile, so that no launcher submits behind our back.
+    The run's lock is held meanwhile, so that no launcher submits behind our back. Cells are noted as cancelled in
+    their folder: Slurm forgets an element that it cancels before its array began, and lets go of what waits for it.
 
     Raises:
         RunError: a launcher works on the run, or Slurm cannot be asked or refuses.
     """
     if is_locked(paths.lock):
         raise RunError(f"{paths.root}: a launcher works on it here; end it with Ctrl-C where it runs")
+    labels = {str(cell["id"]): str(cell["label"]) for cell in read_plan(paths)["cells"]}
+    wanted = list(labels) if only is None else [only, *_dependents(paths, only)]
     with launcher_lock(paths):
-        entries = {str(entry["cell"]): entry for entry in read_ledger(paths) if entry.get("executor") == "slurm"}
-        chosen = {name: str(entry["job"]) for name, entry in entries.items() if only in (None, name)}
-        queue = ask_queue(chosen.values())
+        jobs = {str(row["cell"]): str(row["job"]) for row in read_ledger(paths) if row.get("executor") == "slurm"}
+        queue = ask_queue(jobs[name] for name in wanted if name in jobs)
         if queue is None:
             raise RunError(f"{paths.root}: squeue cannot be asked which jobs are there; try again later")
-        held = {name: job for name, job in chosen.items() if job in queue and queue[job].held}
-        jobs = list(held.values())
-        for first in range(0, len(jobs), AT_ONCE):
-            _scancel(jobs[first : first + AT_ONCE])
+        held = [name for name in wanted if name in jobs and jobs[name] in queue and queue[jobs[name]].held]
+        for first in range(0, len(held), AT_ONCE):
+            # The last first: what builds on a cell must not start because that is gone.
+            _scancel([jobs[name] for name in held[::-1][first : first + AT_ONCE]])
+        for name in held if only is None else [name for name in held if name == only]:
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json(paths.cell(name).failure, {"error": f"cancelled {when}", "kind": CANCELLED, "traceback": ""})
     if only is None:
         return [f"{paths.root}: {len(held)} jobs cancelled; `retry` goes on from what was saved"]
-    label = str(entries[only]["label"]) if only in entries else only
-    if not held:
-        return [f"{label}: Slurm has no job of it"]
-    return [f"{label}: job {held[only]} cancelled", *(f"  with it goes {name}" for name in _dependents(paths, only))]
+    if only not in held:
+        return [f"{labels[only]}: Slurm has no job of it"]
+    told = [f"{labels[only]}: job {jobs[only]} cancelled"]
+    return told + [f"  with it goes {labels[name]} (job {jobs[name]})" for name in held if name != only]
 
 
 def choose(paths: RunPaths, wanted: Collection[str]) -> frozenset[str]:
@@ -144,13 +151,12 @@ def with_more_memory(config: RunConfig, rows: Iterable[Mapping[str, Any]]) -> Ru
 
 
 def _dependents(paths: RunPaths, cell_id: str) -> list[str]:
-    """Labels of all cells that build on one, over any number of steps; the summary runs in any case."""
-    gone, labels = {cell_id}, list[str]()
+    """Cells that build on one, over any number of steps, in stage order; the summary runs in any case."""
+    gone: dict[str, None] = {cell_id: None}
     for cell in read_plan(paths)["cells"]:
-        if gone.intersection(cell["needs"]) and cell["stage"] != "summarise":
-            gone.add(str(cell["id"]))
-            labels.append(str(cell["label"]))
-    return labels
+        if not gone.keys().isdisjoint(cell["needs"]) and cell["stage"] != "summarise":
+            gone[str(cell["id"])] = None
+    return list(gone)[1:]
 
 
 def _scancel(jobs: list[str]) -> None:

@@ -35,6 +35,9 @@ LOST_CELL = ("failed", "cancelled", "blocked")
 OOM_KINDS = ("OutOfMemoryError", "MemoryError", "OutOfMemory", OUT_OF_MEMORY)
 """Kinds of failure that mean too little memory: torch's, Python's, the batch script's and Slurm's."""
 
+CANCELLED = "Cancelled"
+"""Kind of failure.json that `cancel` writes."""
+
 NO_WORD = "ended without a word: killed, or out of memory or time"
 
 FEW = 20
@@ -280,11 +283,11 @@ def _state(
     facts = cast(dict[str, Any], failure) if isinstance(failure, dict) else {}
     error, kind = facts.get("error"), str(facts.get("kind", ""))
     ending = slurm.endings.get(str(entry["job"])) if slurm is not None and entry is not None else None
-    if ending == OUT_OF_MEMORY or (ending is not None and error is None):
+    if ending == OUT_OF_MEMORY or (ending is not None and error is None):  # the task's own word says more
         return "cancelled" if ending == "CANCELLED" else "failed", how_ended(ending), ending
     if error is not None:
         oom = "out of memory" in str(error).lower()
-        return "failed", str(error), OOM_KINDS[0] if oom else kind
+        return "cancelled" if kind == CANCELLED else "failed", str(error), OOM_KINDS[0] if oom else kind
     return *_silent(folder, entry, slurm), ""
 
 

@@ -173,16 +173,21 @@ def test_a_retry_takes_the_kinds_asked_for_and_what_builds_on_them(plan: Plan, p
 def test_cancel_ends_what_slurm_has_and_names_what_goes_with_it(
     plan: Plan, programs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cell, other = stage(plan, "gather"), stage(plan, "measure")
+    cell, on_it, other = stage(plan, "gather"), stage(plan, "pretrain"), stage(plan, "measure")
     programs.says("scancel", "")
-    queue(programs, *(f"{job_of(plan, one)}|PENDING|Dependency|N/A|0:00|8:00:00|" for one in (cell, other)))
+    queue(programs, *(f"{job_of(plan, one)}|PENDING|Dependency|N/A|0:00|8:00:00|" for one in (cell, on_it, other)))
     run = str(plan.paths.root)
     assert main(["cancel", run, cell.id[:6]]) == 0
     out = capsys.readouterr().out
-    assert f"job {job_of(plan, cell)} cancelled" in out and "with it goes pretrain" in out
+    assert (
+        f"job {job_of(plan, cell)} cancelled" in out and f"with it goes pretrain rgb (job {job_of(plan, on_it)})" in out
+    )
     assert main(["cancel", run]) == 0
-    assert programs.asked("scancel") == [job_of(plan, cell), f"{job_of(plan, cell)} {job_of(plan, other)}"]
+    one, two, three = (job_of(plan, cell) for cell in (cell, on_it, other))
+    assert programs.asked("scancel") == [f"{two} {one}", f"{three} {two} {one}"]
     queue(programs)
+    states = {row["id"]: row["state"] for row in run_status(plan.paths)["cells"]}
+    assert [states[one.id] for one in (cell, on_it, other)] == ["cancelled", "blocked", "cancelled"]
     assert main(["cancel", run, cell.label]) == 0
     assert "Slurm has no job of it" in capsys.readouterr().out
 

@@ -43,7 +43,7 @@ def logs(run: str, cell: str, runs: str, follow: bool) -> int:
 @click.argument("cell", required=False)
 @runs_option
 def cancel(run: str, cell: str | None, runs: str) -> int:
-    """Cancel the Slurm jobs of RUN, or of CELL alone; Slurm then drops what builds on it.
+    """Cancel the Slurm jobs of RUN, or those of CELL and of all that builds on it.
 
     What was saved stays: `retry` goes on from there. A sweep that runs here is ended by Ctrl-C.
     """
