@@ -126,26 +126,32 @@ def finished(cell: Cell, paths: RunPaths) -> Record | None:
     A lost shard, index or checkpoint makes its cell undone, so that the next start finds and remakes it.
     A summary is never done: it reads whatever records there are.
     """
-    record = read_record(paths.cell(cell.id).record)
-    if record is None or record.cell != cell.id or record.stage != cell.stage or cell.stage == "summarise":
+    record = None if cell.stage == "summarise" else valid_record(cell.id, cell.stage, paths)
+    if record is None or (cell.stage == "features" and not scales_there(cell, record, paths)):
         return None
-    if record.result_version != RESULT_VERSION[cell.stage]:
-        return None
-    return record if _files_there(cell, record, paths) else None
+    return record
 
 
-def _files_there(cell: Cell, record: Record, paths: RunPaths) -> bool:
-    if cell.stage == "preprocess":
+def valid_record(cell_id: str, stage: str, paths: RunPaths) -> Record | None:
+    """As `finished`, for who has the cell's id and stage alone: stored scales and summaries are not looked into."""
+    record = read_record(paths.cell(cell_id).record)
+    if record is None or (record.cell, record.stage) != (cell_id, stage):
+        return None
+    if record.result_version != RESULT_VERSION[stage]:
+        return None
+    return record if _files_there(record, paths) else None
+
+
+def _files_there(record: Record, paths: RunPaths) -> bool:
+    if record.stage == "preprocess":
         shards = cast(list[dict[str, Any]], record.results.get("shards", []))
         files = [(paths.shards / str(shard["file"]), shard.get("bytes")) for shard in shards]
         return all(file.is_file() and size in (None, file.stat().st_size) for file, size in files)
-    if cell.stage == "gather":
+    if record.stage == "gather":
         return shards_indexed(paths.index, paths.rejected)
-    if cell.stage == "features":
-        return scales_there(cell, record, paths)
-    if cell.stage in ("pretrain", "finetune"):
+    if record.stage in ("pretrain", "finetune"):
         name, size = str(record.results.get("checkpoint") or ""), record.results.get("checkpoint_bytes")
-        file = paths.cell(cell.id).root / name
+        file = paths.cell(record.cell).root / name
         return file.is_file() and size in (None, file.stat().st_size)
     return True
 

@@ -37,8 +37,13 @@ class CellPaths:
 
     @property
     def attempts(self) -> Path:
-        """One JSON object a line: every attempt that was started."""
+        """One JSON object a line: every attempt that was started, and what it was given."""
         return self.root / "attempts.jsonl"
+
+    @property
+    def spent(self) -> Path:
+        """One JSON object a line: attempts that are over, and what they took."""
+        return self.root / "spent.jsonl"
 
     @property
     def metrics(self) -> Path:

@@ -132,15 +132,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: it is there and cannot be read.
     """
-    rows: list[dict[str, Any]] = []
-    for line in (_content(path) or b"").decode("utf-8", errors="replace").splitlines():
-        try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(cast(dict[str, Any], row))
-    return rows
+    return [row for line in (_content(path) or b"").splitlines() if (row := parse_row(line)) is not None]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The object of one line of a JSON-lines file; None for a torn line and for what is no object."""
+    try:
+        row: Any = json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return cast(dict[str, Any], row) if isinstance(row, dict) else None
 
 
 def _content(path: Path) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -10,18 +11,18 @@ from typing import Any
 from rich.console import Console
 
 from rtshpc.hpc.executor import refuse_unusable
-from rtshpc.launch.display import Display, make_console
+from rtshpc.launch.display import Display, make_console, tables
 from rtshpc.launch.plan import Plan
-from rtshpc.launch.results import tables
 from rtshpc.launch.schedule import Outcome, Scheduler
 from rtshpc.launch.submit import Ledger, launcher_lock, mend_cells, prepare, refuse_other_data, submit_arrays
 
 
-def launch(make: Callable[[], Plan]) -> int:
+def launch(make: Callable[[], Plan], only_prepare: bool = False) -> int:
     """Do what a plan lacks.
 
     Args:
         make: makes the plan; called when the run's lock is held, so that it sees what others left.
+        only_prepare: write the run folder, and tell how its tasks are run by hand.
 
     Returns:
         Exit code: 0 all done (or handed to Slurm), 1 some cells failed, 130 stopped by Ctrl-C or SIGTERM.
@@ -32,7 +33,7 @@ def launch(make: Callable[[], Plan]) -> int:
     console = make_console()
     first = make()
     refuse_other_data(first)
-    if first.todo:
+    if first.todo and not only_prepare:
         refuse_unusable(first.config.site, first.paths)
     with launcher_lock(first.paths):
         plan = make()
@@ -46,10 +47,28 @@ def launch(make: Callable[[], Plan]) -> int:
             _results(console, plan)
             return 0
         prepare(plan)
+        if only_prepare:
+            for line in by_hand(plan):
+                console.print(line, markup=False, soft_wrap=True)
+            return 0
         ledger = Ledger(plan.paths)
         if plan.config.site.executor == "slurm":
             return _to_slurm(console, plan, ledger)
         return _here(console, plan, ledger)
+
+
+def by_hand(plan: Plan) -> list[str]:
+    """The lines that submit a prepared run's stages with the templates of slurm/, in order; each when the one before is over."""
+    lines: list[str] = []
+    for stage in dict.fromkeys(cell.stage for cell in plan.todo):
+        last = sum(cell.stage == stage for cell in plan.cells) - 1
+        if stage == "summarise":
+            lines.append(f"python -m rtshpc.launch report {shlex.quote(str(plan.paths.root))}")
+            continue
+        template = "preprocess" if stage in ("preprocess", "gather") else "pretrain"
+        given = f"RTSHPC_RUN={shlex.quote(str(plan.paths.root))} RTSHPC_STAGE={stage}"
+        lines.append(f"{given} sbatch --array=0-{last}%{plan.config.site.max_jobs} slurm/{template}.sbatch")
+    return lines
 
 
 def _here(console: Console, plan: Plan, ledger: Ledger) -> int:

@@ -33,6 +33,7 @@ class Plan:
         done: id -> record of the cells that are done.
         stages: stages asked for (`--until`), in order.
         changed: the run folder was last left by another config (the site apart) or by a plan of other cells.
+        only: ids of the cells that may be done now; None = any.
     """
 
     config: RunConfig
@@ -42,6 +43,7 @@ class Plan:
     done: Mapping[str, Record]
     stages: tuple[str, ...]
     changed: bool = False
+    only: frozenset[str] | None = None
 
     @property
     def gather(self) -> Cell:
@@ -64,7 +66,7 @@ class Plan:
         summaries = [cell for cell in wanted if cell.stage == "summarise"]
         if len(wanted) == len(summaries) and self.paths.report_page.is_file() and not self.changed:
             return []
-        return wanted
+        return [cell for cell in wanted if self.only is None or cell.id in self.only]
 
     def features(self) -> dict[str, Any] | None:
         """Disk that stored scales take, in all and yet to be written; None where nothing is cached."""

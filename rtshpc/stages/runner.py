@@ -24,7 +24,8 @@ from rtshpc.core.errors import STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError,
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import Progress, Record, append_line, read_lines, read_plan, write_json, write_record
+from rtshpc.core.records import Progress, Record, read_plan, write_json, write_record
+from rtshpc.hpc import books
 from rtshpc.hpc.attempt import OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
 from rtshpc.hpc.site import code_version, cpu_model
@@ -86,7 +87,7 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
     folder.failure.unlink(missing_ok=True)
     folder.record.unlink(missing_ok=True)
     _sweep_leftovers(folder)
-    append_line(folder.attempts, {"started": started, "host": platform.node(), "pid": os.getpid()})
+    number = books.begin(folder, started)
     _set_threads(cell)
     print(f"{cell.label} ({cell.id}) started {started}", flush=True)
     try:
@@ -100,13 +101,17 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
             result_version=RESULT_VERSION[cell.stage],
             started=started,
             seconds=round(time.monotonic() - began, 3),
-            attempts=len(read_lines(folder.attempts)),
+            attempts=number,
             environment=_environment(paths),
             results=results,
         )
         write_record(folder.record, record)
     except Exception as error:
-        return _fail(folder, error)
+        return _fail(folder, number, error)
+    except SystemExit:
+        books.end(folder, number, books.STOPPED)
+        raise
+    books.end(folder, number, "done")
     folder.progress.unlink(missing_ok=True)
     print(f"{cell.label} done in {record.seconds:.1f} s", flush=True)
     return 0
@@ -121,8 +126,8 @@ def missing_library(error: ModuleNotFoundError) -> Exception:
     )
 
 
-def _fail(folder: CellPaths, error: Exception) -> int:
-    """Write failure.json and say why; a full disk must not hide the first error."""
+def _fail(folder: CellPaths, number: int, error: Exception) -> int:
+    """Write failure.json, say why and close the books; a full disk must not hide the first error."""
     if isinstance(error, ModuleNotFoundError):
         error = missing_library(error)
     mistake = isinstance(error, RtshpcError)
@@ -133,6 +138,7 @@ def _fail(folder: CellPaths, error: Exception) -> int:
     facts = {"error": " ".join(text.split()), "kind": kind, "traceback": trace}
     with suppress(OSError):
         write_json(folder.failure, facts)
+        books.end(folder, number, "failed")
     return 2 if mistake else 1
 
 

@@ -21,7 +21,7 @@ def doctor(runs: str, as_json: bool) -> int:
     """
     from pathlib import Path
 
-    from rtshpc.launch.machine import examine
+    from rtshpc.launch.doctor.machine import examine
 
     findings = examine(Path(runs))
     if as_json:

@@ -11,7 +11,8 @@ from rtshpc.launch.commands.options import load_config, sweep_options
 
 @click.command(short_help="Run what is missing of a sweep.")
 @sweep_options
-def sweep(config: str, site: str | None, sets: tuple[str, ...], until: str | None, runs: str) -> int:
+@click.option("--prepare", is_flag=True, help="Only write the run folder, and print how to run it with slurm/*.sbatch.")
+def sweep(config: str, site: str | None, sets: tuple[str, ...], until: str | None, runs: str, prepare: bool) -> int:
     """Run a sweep: shards, pretraining, fusion, scores, memory, report.
 
     CONFIG is a name of configs/sweeps (default: demo) or a YAML file. Only what is missing is done: after
@@ -21,4 +22,4 @@ def sweep(config: str, site: str | None, sets: tuple[str, ...], until: str | Non
     from rtshpc.launch.launch import launch
     from rtshpc.launch.plan import make_plan
 
-    return launch(lambda: make_plan(resolved, Path(runs), until))
+    return launch(lambda: make_plan(resolved, Path(runs), until), prepare)

@@ -1,4 +1,4 @@
-"""The doctor's examination: what this machine has for runs, here or as a login node."""
+"""What this machine has for runs, here or as a login node."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from rtshpc.hpc.site import code_version, cores, gpus_here, memory_bytes
+from rtshpc.launch.doctor.finding import GIB, Finding, nearest
 
 TASK_LIBRARIES = {
     "torch": "torch",
@@ -29,29 +28,6 @@ TASK_LIBRARIES = {
     "matplotlib": "matplotlib",
 }
 """Module -> distribution: what the stages cannot do without."""
-
-GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at.
-
-    Attributes:
-        name: what.
-        state: ok; off: not there, and only some uses need it; bad: every run needs it.
-        found: what was seen.
-        advice: what to do about it.
-    """
-
-    name: str
-    state: Literal["ok", "off", "bad"]
-    found: str
-    advice: str = ""
-
-    def as_json(self) -> dict[str, str]:
-        """The finding as a JSON object."""
-        return asdict(self)
 
 
 def examine(runs: Path) -> list[Finding]:
@@ -116,7 +92,7 @@ def _files_limit() -> Finding:
 
 def _run_folder(runs: Path) -> Iterable[Finding]:
     """Whether the folder of runs can be written, locked, and has room."""
-    folder = next(place for place in (runs.absolute(), *runs.absolute().parents) if place.is_dir())
+    folder = nearest(runs)
     if not os.access(folder, os.W_OK | os.X_OK):
         yield Finding("run folder", "bad", f"{folder} cannot be written", "give another with --runs DIR")
         return

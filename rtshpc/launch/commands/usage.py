@@ -1,0 +1,66 @@
+"""`usage`: what a run has cost, and what it asked for in vain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from rtshpc.launch.commands.options import run_folder, runs_option
+from rtshpc.launch.commands.status import clock
+
+GIB = 1 << 30
+
+SOURCES = {
+    "sacct": "by Slurm's accounting",
+    "own books": "by what the tasks noted themselves: sacct does not answer here or knows nothing of them",
+    "both": "by Slurm's accounting where it knows an attempt, else by what the task noted",
+    "none": "nothing has run yet",
+}
+
+
+@click.command(short_help="Show GPU-hours and efficiency of a run.")
+@click.argument("run")
+@runs_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with figures of every cell.")
+def usage(run: str, runs: str, as_json: bool) -> int:
+    """Show what RUN took over all attempts: GPU-hours, memory, cores and GPUs used of those asked for, and hints.
+
+    A dash is what no books tell, e.g. the use of GPUs where the cluster does not sample it.
+    """
+    paths = run_folder(run, runs)
+    from rtshpc.launch.usage import run_usage
+
+    facts = run_usage(paths)
+    click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(_lines(facts)))
+    return 0
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
+    total = facts["total"]
+    price = "".join(f", {amount:.2f} charged" for amount in (facts["charge"],) if amount is not None)
+    yield (
+        f"{facts['path']}: {total['gpu_hours']:.2f} GPU-hours, {total['cpu_hours']:.2f} core-hours in {total['attempts']}"
+        f" attempts{price} ({SOURCES[facts['source']]})"
+    )
+    ends = ", ".join(f"{hours:.2f} {name}" for name, hours in facts["by_end"].items() if hours)
+    if ends:
+        yield f"{facts['unit']} by what became of the attempt: {ends}"
+    if facts["stages"]:
+        yield f"{'stage':<11}{'tries':>6}{'GPU-h':>9}{'core-h':>9}{'longest':>10}{'memory':>15}{'cores':>7}{'GPU':>6}"
+    for stage in facts["stages"]:
+        asked, peak = stage["memory_asked_bytes"], stage["memory_peak_bytes"]
+        memory = f"{peak / GIB:.1f}" + (f" of {asked / GIB:.1f} G" if asked else " G") if peak else "-"
+        longest = clock(stage["longest_seconds"]) if stage["longest_seconds"] is not None else "-"
+        yield (
+            f"{stage['stage']:<11}{stage['attempts']:>6}{stage['gpu_hours']:>9.2f}{stage['cpu_hours']:>9.2f}"
+            f"{longest:>10}{memory:>15}{_percent(stage['cpu_share']):>7}{_percent(stage['gpu_share']):>6}"
+        )
+    for hint in facts["hints"]:
+        yield f"hint: {hint}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"

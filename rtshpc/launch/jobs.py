@@ -1,0 +1,178 @@
+"""What to do about the cells that a status shows: read their logs, cancel their jobs, choose what runs again."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rtshpc.core.config import RunConfig
+from rtshpc.core.errors import RunError
+from rtshpc.core.paths import RunPaths
+from rtshpc.core.records import write_json
+from rtshpc.hpc.accounting import ask_queue
+from rtshpc.launch.status import CANCELLED, LOST_CELL, is_locked, read_ledger, read_plan, run_status
+from rtshpc.launch.submit import launcher_lock
+
+POLL_SECONDS = 0.5
+"""How often a followed log is read."""
+
+ASK_SECONDS = 10.0
+"""How often a followed cell's state is asked for."""
+
+AT_ONCE = 500
+"""Jobs that one scancel is given."""
+
+
+def log_of(paths: RunPaths, cell_id: str) -> str | None:
+    """The log of a cell's last submission; None when there is none (yet)."""
+    path = _log_path(paths, cell_id)
+    return path.read_text(encoding="utf-8", errors="replace") if path is not None else None
+
+
+def follow_log(paths: RunPaths, cell_id: str, say: Callable[..., None]) -> None:
+    """Give a cell's log, and what is added to it, until the cell is over; Ctrl-C ends it too.
+
+    A cell that has not begun is waited for, and a job that takes its place is followed on.
+    """
+    path, read, asked = None, 0, -ASK_SECONDS
+    while True:
+        over = False
+        if time.monotonic() - asked >= ASK_SECONDS:
+            row = next(row for row in run_status(paths)["cells"] if row["id"] == cell_id)
+            over = row["state"] not in ("running", "submitted", "unknown")
+            if path is None and _log_path(paths, cell_id) is None:
+                say(f"{row['label']}: {row['state']}{': ' + row['reason'] if row['reason'] else ''}", err=True)
+            asked = time.monotonic()
+        now = _log_path(paths, cell_id)
+        if now != path:
+            path, read = now, 0
+        if path is not None:
+            with path.open("rb") as file:
+                file.seek(read)
+                added = file.read()
+            read += len(added)
+            if added:
+                say(added.decode("utf-8", errors="replace"), nl=False)
+        if over:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def cancel_jobs(paths: RunPaths, only: str | None = None) -> list[str]:
+    """Cancel what Slurm still has of a run, or of one cell and all that builds on it, and tell it.
+
+    The run's lock is held meanwhile, so that no launcher submits behind our back. Cells are noted as cancelled in
+    their folder: Slurm forgets an element that it cancels before its array began, and lets go of what waits for it.
+
+    Raises:
+        RunError: a launcher works on the run, or Slurm cannot be asked or refuses.
+    """
+    if is_locked(paths.lock):
+        raise RunError(f"{paths.root}: a launcher works on it here; end it with Ctrl-C where it runs")
+    labels = {str(cell["id"]): str(cell["label"]) for cell in read_plan(paths)["cells"]}
+    wanted = list(labels) if only is None else [only, *_dependents(paths, only)]
+    with launcher_lock(paths):
+        jobs = {str(row["cell"]): str(row["job"]) for row in read_ledger(paths) if row.get("executor") == "slurm"}
+        queue = ask_queue(jobs[name] for name in wanted if name in jobs)
+        if queue is None:
+            raise RunError(f"{paths.root}: squeue cannot be asked which jobs are there; try again later")
+        held = [name for name in wanted if name in jobs and jobs[name] in queue and queue[jobs[name]].held]
+        for first in range(0, len(held), AT_ONCE):
+            # The last first: what builds on a cell must not start because that is gone.
+            _scancel([jobs[name] for name in held[::-1][first : first + AT_ONCE]])
+        for name in held if only is None else [name for name in held if name == only]:
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json(paths.cell(name).failure, {"error": f"cancelled {when}", "kind": CANCELLED, "traceback": ""})
+    if only is None:
+        return [f"{paths.root}: {len(held)} jobs cancelled; `retry` goes on from what was saved"]
+    if only not in held:
+        return [f"{labels[only]}: Slurm has no job of it"]
+    told = [f"{labels[only]}: job {jobs[only]} cancelled"]
+    return told + [f"  with it goes {labels[name]} (job {jobs[name]})" for name in held if name != only]
+
+
+def choose(paths: RunPaths, wanted: Collection[str]) -> frozenset[str]:
+    """Ids of the cells that a retry of some kinds of cells takes: those, and what builds on them.
+
+    Args:
+        paths: the run.
+        wanted: failed (also cancelled), missing (nobody works on it, it never failed), oom (ran out of memory).
+
+    Raises:
+        RunError: no cell is of these kinds whose needs are there or are chosen too.
+    """
+    rows = {str(row["id"]): row for row in run_status(paths)["cells"]}
+    asked = {name for name, row in rows.items() if not _kinds(row).isdisjoint(wanted)}
+    chosen = set(asked)
+    for cell in read_plan(paths)["cells"]:
+        name, needs = str(cell["id"]), [str(need) for need in cell["needs"]]
+        if rows[name]["state"] in ("blocked", "cancelled", "waiting") and chosen.intersection(needs):
+            chosen.add(name)
+        if any(need not in chosen and rows[need]["state"] in (*LOST_CELL, "waiting") for need in needs if need in rows):
+            chosen.discard(name)
+    if not asked.intersection(chosen):
+        raise RunError(f"{paths.root}: no cell that could run again is {' or '.join(sorted(wanted))}; see `status`")
+    return frozenset(chosen | {name for name, row in rows.items() if row["stage"] == "summarise"})
+
+
+def _kinds(row: Mapping[str, Any]) -> set[str]:
+    """What a cell of the status may be called in a retry."""
+    found = {"oom"} if row["oom"] else set[str]()
+    if row["state"] in ("failed", "cancelled"):
+        found.add("failed")
+    return found | ({"missing"} if row["state"] == "waiting" else set())
+
+
+def refuse_other_keys(sets: Iterable[str]) -> None:
+    """Raise RunError where a `--set` of a retry is not of the site: other keys make other cells."""
+    for text in sets:
+        if not text.startswith("site."):
+            raise RunError(f"--set {text}: retry takes keys of the site alone; other keys are for `sweep`")
+
+
+def with_more_memory(config: RunConfig, rows: Iterable[Mapping[str, Any]]) -> RunConfig:
+    """A run's config whose site gives twice the memory, for cells that ran out of their node's.
+
+    Raises:
+        RunError: some ran out of a GPU's, which no request for memory mends.
+    """
+    gpu = [str(row["label"]) for row in rows if row["oom"] == "gpu"]
+    if gpu:
+        way_out = (
+            "give a site or partition with larger ones (--site NAME, --set site.partition=NAME), see docs/memory.md"
+        )
+        raise RunError(f"{len(gpu)} cells ran out of a GPU's memory ({gpu[0]}{', ...' if gpu[1:] else ''}): {way_out}")
+    site = config.site.model_copy(update={"memory_gb": 2 * config.site.memory_gb})
+    return config.model_copy(update={"site": site})
+
+
+def _dependents(paths: RunPaths, cell_id: str) -> list[str]:
+    """Cells that build on one, over any number of steps, in stage order; the summary runs in any case."""
+    gone: dict[str, None] = {cell_id: None}
+    for cell in read_plan(paths)["cells"]:
+        if not gone.keys().isdisjoint(cell["needs"]) and cell["stage"] != "summarise":
+            gone[str(cell["id"])] = None
+    return list(gone)[1:]
+
+
+def _scancel(jobs: list[str]) -> None:
+    try:
+        answer = subprocess.run(["scancel", *jobs], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RunError(f"scancel cannot be run: {error}") from None
+    if answer.returncode:
+        raise RunError(f"scancel: {' '.join(answer.stderr.split())}")
+
+
+def _log_path(paths: RunPaths, cell_id: str) -> Path | None:
+    """The log of the cell's last submission, where it exists; a run folder may have been moved since."""
+    entry = next((entry for entry in reversed(read_ledger(paths)) if str(entry["cell"]) == cell_id), None)
+    if entry is None or not entry.get("log"):
+        return None
+    told = Path(str(entry["log"]))
+    moved = paths.logs / told.parent.name / told.name
+    return next((path for path in (moved, told) if path.is_file()), None)

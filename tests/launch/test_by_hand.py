@@ -1,0 +1,38 @@
+"""A run that is prepared here and whose tasks somebody runs with sbatch or by hand."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rtshpc.core.load import load_run
+from rtshpc.core.paths import RunPaths
+from rtshpc.launch.launch import by_hand
+from rtshpc.launch.plan import make_plan
+from rtshpc.stages.runner import find_cell
+
+from .conftest import ROOT, Launcher
+
+
+def test_a_prepared_run_has_submitted_nothing_and_every_array_element_is_one_of_its_cells(launcher: Launcher) -> None:
+    answer = launcher.run("sweep", "--prepare")
+    assert answer.returncode == 0, answer.stderr
+    plan = make_plan(load_run(launcher.sweep), launcher.runs)
+    assert answer.stdout.splitlines() == by_hand(plan)
+    assert not plan.paths.ledger.exists()
+    found: list[str] = []
+    for line in answer.stdout.splitlines()[:-1]:
+        run, stage, sbatch, array, template = shlex.split(line)
+        assert sbatch == "sbatch" and (ROOT / template).is_file()
+        last = int(array.removeprefix("--array=0-").partition("%")[0])
+        paths, name = RunPaths(Path(run.removeprefix("RTSHPC_RUN="))), stage.removeprefix("RTSHPC_STAGE=")
+        found += [find_cell(paths, name, str(number)) for number in range(last + 1)]
+    assert found == [cell.id for cell in plan.cells if cell.stage != "summarise"]
+
+
+def test_a_run_folder_with_spaces_quotes_and_dollars_is_one_word_of_the_lines(launcher: Launcher) -> None:
+    folder = launcher.folder / "my $HOME 'run' \"x\""
+    plan = make_plan(load_run(launcher.sweep), folder)
+    for line in by_hand(plan):
+        words = [word.removeprefix("RTSHPC_RUN=") for word in shlex.split(line)]
+        assert str(folder / "small") in words

@@ -1,0 +1,144 @@
+"""Attempts in our own books, and what is made of them beside Slurm's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rtshpc.core.paths import CellPaths
+from rtshpc.core.records import append_line
+from rtshpc.hpc import books
+from rtshpc.hpc.accounting import Spent
+from rtshpc.launch.usage import Taken, by_end, run_hints, stage_hints, taken_by, together
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CellPaths:
+    for name in list(os.environ):
+        if name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+    return CellPaths(tmp_path)
+
+
+def test_an_attempt_notes_what_it_was_given_and_what_it_took(cell: CellPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_JOB_ID": "12",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_ON_NODE": "8",
+        "SLURM_MEM_PER_NODE": "2048",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert books.begin(cell, "2026-01-02T03:00:00+00:00") == 1
+    (running,) = books.attempts(cell, running=True)
+    assert (running.seconds, running.how) == (None, "")
+    books.end(cell, 1, "done")
+    (done,) = books.attempts(cell)
+    assert (done.job, done.gpus, done.cpus, done.memory_bytes, done.how) == ("7_3", 4, 16, 4 * GIB, "done")
+    assert done.seconds and done.seconds > 0 and done.peak_bytes and done.peak_bytes > 1 << 20
+    assert done.cpu_s and done.cpu_s > 0
+
+
+def test_a_killed_attempt_ended_when_it_last_told_its_progress(cell: CellPaths) -> None:
+    started = "2026-01-02T03:00:00+00:00"
+    books.begin(cell, started)
+    assert books.attempts(cell)[0].seconds == 0
+    cell.progress.write_text("{}")
+    when = books.attempts(cell)[0]
+    os.utime(cell.progress, (0, 1767323400))  # 2026-01-02T03:10:00Z
+    (lost,) = books.attempts(cell)
+    assert (lost.how, lost.seconds) == (books.LOST, 600)
+    assert when.seconds != 600
+    books.begin(cell, "2026-01-02T04:00:00+00:00")
+    cell.progress.unlink()
+    books.end(cell, 2, "done")
+    first, second = books.attempts(cell)
+    assert (first.how, first.seconds, second.how) == (books.LOST, 600, "done")
+
+
+def test_books_of_an_older_form_count_their_attempts(cell: CellPaths) -> None:
+    for hour in (3, 4):
+        append_line(cell.attempts, {"started": f"2026-01-02T0{hour}:00:00+00:00", "host": "n", "pid": 1})
+    assert [one.gpus for one in books.attempts(cell)] == [0, 0]
+    assert together(taken_by([], books.attempts(cell), True, False)).attempts == 2
+
+
+def spent(**other: object) -> Spent:
+    facts: dict[str, object] = {
+        "job": "7_0",
+        "state": "COMPLETED",
+        "start": None,
+        "elapsed_s": 3600,
+        "limit_s": 28800,
+        "cpus": 8,
+        "gpus": 1,
+        "memory_bytes": 32 * GIB,
+        "peak_bytes": 9 * GIB,
+        "cpu_s": 7200.0,
+        "gpu_share": None,
+        "nodes": "n1",
+    }
+    return Spent(**facts | other)  # type: ignore[arg-type]
+
+
+def test_gpu_hours_are_those_of_all_attempts() -> None:
+    taken = taken_by([spent(state="NODE_FAIL", elapsed_s=1800, cpu_s=0.0), spent()], [], True, False)
+    assert together(taken).gpu_hours == 1.5
+    assert by_end(taken) == {"done": 1.0, "failed": 0.0, "interrupted": 0.5, "running": 0.0}
+    assert together(taken).memory_share == 9 / 32
+
+
+def test_completed_without_a_record_has_failed() -> None:
+    assert taken_by([spent()], [], False, False)[0].end == "failed"
+
+
+def test_gpus_that_accounting_does_not_count_are_those_the_task_saw() -> None:
+    noted = [books.Attempt("2026-01-02T03:00:00+00:00", "7_0", "n", 2, 8, 60.0, "done", gpu_peak_bytes=5 * GIB)]
+    (one,) = taken_by([spent(gpus=0)], noted, True, False)
+    assert (one.gpus, one.gpu_peak_bytes) == (2, 5 * GIB)
+
+
+def test_shares_are_weighed_by_what_was_held() -> None:
+    taken = [
+        Taken("done", False, 3600, 1, 4, cpu_s=3600, gpu_share=0.2),
+        Taken("done", False, 7200, 2, 4, cpu_s=0, gpu_share=0.7),
+    ]
+    found = together(taken)
+    assert found.cpu_share == pytest.approx(1 / 12)
+    assert found.gpu_share == pytest.approx((0.2 + 4 * 0.7) / 5)
+    assert together([]).cpu_share is None
+
+
+def hints(*taken: Taken) -> str:
+    return "\n".join(stage_hints("finetune", together(taken), taken))
+
+
+def test_hints_say_what_to_ask_for() -> None:
+    generous = Taken("done", False, 600, 1, 8, 28800, 32 * GIB, 4 * GIB, cpu_s=600, gpu_share=0.3)
+    text = hints(generous)
+    assert "site.memory_gb: 6 would do" in text
+    assert "site.minutes: 20 would let Slurm start it sooner" in text
+    assert "site.cpus: 2 would do" in text
+    assert "GPUs were busy 30% of the time" in text
+    assert "which is close; ask for site.memory_gb: 41" in hints(
+        Taken("done", False, 60, 0, 1, None, 32 * GIB, 31 * GIB)
+    )
+    assert "once an attempt ran out of memory" in hints(Taken("failed", True, 60, 0, 1))
+    assert "met its time limit" in hints(Taken("interrupted", False, 600, 0, 1, 600))
+    assert hints(Taken("done", False, 6000, 1, 4, 7200, 32 * GIB, 20 * GIB, cpu_s=20000, gpu_share=0.9)) == ""
+
+
+def test_hints_on_the_run_name_hours_that_were_cut_off_and_gpus_that_idled() -> None:
+    taken = [Taken("interrupted", False, 3600, 1, 1), Taken("done", False, 3600, 1, 1)]
+    text = "\n".join(run_hints(taken, ["pretrain"], True))
+    assert "50% of the GPU-hours were in attempts that were cut off" in text
+    assert "pretrain: held GPUs and computed on the CPU" in text
+    assert "accounting does not count GPUs" in text
+    assert run_hints([Taken("done", False, 3600, 0, 1)], [], False) == []
