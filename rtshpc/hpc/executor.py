@@ -75,6 +75,7 @@ def become(stage: str, run_dir: str, task: str) -> None:
     No process waits in between: signals reach the task, and its exit code is the job's, on which
     Slurm's `afterok` depends.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by a local launcher
     for number in STOP_SIGNALS:  # Submitit's own handlers would queue the job again, or call this a failure
         signal.signal(number, signal.SIG_DFL)
     write_alone()
@@ -121,7 +122,7 @@ def submit(site: SiteConfig, paths: RunPaths, stage: str, tasks: Sequence[str], 
     executor = _executor(site, folder, stage, dependency)
     function: Callable[[str, str, str], None] = call if site.executor == "debug" else become
     run_dir = str(paths.root)
-    with _shielded(site.executor == "local"), _told_in_one_line(site, stage):
+    with shielded(site.executor == "local"), _told_in_one_line(site, stage):
         if len(tasks) == 1 or site.executor != "slurm":
             handles = [executor.submit(function, stage, run_dir, task) for task in tasks]
         else:
@@ -248,7 +249,7 @@ def _executor(site: SiteConfig, folder: Path, stage: str, dependency: str) -> An
 
 
 @contextmanager
-def _shielded(local: bool) -> Generator[None]:
+def shielded(local: bool) -> Generator[None]:
     """Start local children that do not see the terminal's Ctrl-C, and know their launcher.
 
     The launcher ends them in order; one that was killed itself is missed by its tasks, which then end.
@@ -256,6 +257,8 @@ def _shielded(local: bool) -> Generator[None]:
     if not local:
         yield
         return
+    # Blocked as well as ignored: what children inherit as ignored waits here until this process can answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[LAUNCHER] = launcher_token()
     try:
@@ -263,6 +266,7 @@ def _shielded(local: bool) -> Generator[None]:
     finally:
         del os.environ[LAUNCHER]
         signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _send(pid: int, number: signal.Signals) -> None:

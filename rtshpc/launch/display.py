@@ -53,7 +53,8 @@ class Display:
     def __init__(self, console: Console, paths: RunPaths) -> None:
         self._console = console
         self._paths = paths
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        # No thread that refreshes: it could take the Ctrl-C that waits while tasks are submitted.
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._told = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -78,7 +79,7 @@ class Display:
     def show(self, running: Sequence[Working], waiting: int, total: int) -> None:
         """The running cells and how many are left."""
         if self._live is not None:
-            self._live.update(self._table(running, waiting, total))
+            self._live.update(self._table(running, waiting, total), refresh=True)
             return
         if running and time.monotonic() - self._told > PLAIN_SECONDS:
             self._told = time.monotonic()

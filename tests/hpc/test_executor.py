@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import ConfigError, RunError
 from rtshpc.core.load import load_run, load_site, write_run_config
 from rtshpc.core.paths import RunPaths
-from rtshpc.hpc.executor import launcher_lives, launcher_token, script, slurm_states, submit, task_command
+from rtshpc.hpc.executor import launcher_lives, launcher_token, script, shielded, slurm_states, submit, task_command
 from rtshpc.hpc.site import request
 
 SBATCH = """#!/bin/sh
@@ -136,3 +138,15 @@ def test_a_dead_launcher_is_told_from_one_that_lives() -> None:
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not launcher_lives(token)
     process.wait()
+
+
+def test_a_ctrl_c_while_tasks_are_submitted_is_heard_afterwards_and_not_by_the_tasks() -> None:
+    child = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    with pytest.raises(KeyboardInterrupt):
+        with shielded(True):
+            os.kill(os.getpid(), signal.SIGINT)
+            answer = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+            assert answer.stdout == "True\n"
+        raise AssertionError("the signal was lost")
+    with shielded(True):
+        time.sleep(0.01)
