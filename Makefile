@@ -28,11 +28,15 @@ $(STAMP): requirements/$(LOCK).txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Only what tests need and only as root: a browser to look at the report with.
+# $(call debian,PROGRAM,PACKAGES,TESTS): what tests need, only as root on Debian; elsewhere they are skipped and say so.
+debian = if ! command -v $(1) >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(2) >/dev/null \
+	|| echo "$(1) could not be installed: $(3) will be skipped and say so"; fi
+
+# A browser to look at the report with; Slurm's daemons for a cluster of the tests' own.
 apt:
-	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null \
-		|| echo "chromium could not be installed: the browser tests will be skipped and say so"; fi
+	@$(call debian,chromium,chromium,the browser tests)
+	@$(call debian,slurmctld,--no-install-recommends slurmctld slurmd slurm-client,the cluster tests)
 
 demo: $(STAMP)
 	$(BIN)/python -m rtshpc.launch sweep demo

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Iterable
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that tell a task to stop: the scheduler takes the node back, or warns of a time limit."""
+
+STOPPED = 75
+"""Exit code of a task that was told to stop and has saved what it had (EX_TEMPFAIL): it can go on from there."""
 
 
 class RtshpcError(Exception):

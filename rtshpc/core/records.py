@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -93,23 +93,28 @@ def read_json(path: Path) -> Any | None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Add one JSON object to a JSON-lines file and sync it; lines of several processes never mix.
+    """Add one JSON object to a JSON-lines file; see `append_lines`."""
+    append_lines(path, [value])
+
+
+def append_lines(path: Path, values: Iterable[Any]) -> None:
+    """Add JSON objects to a JSON-lines file and sync it once; lines of several processes never mix.
 
     Behind a line that a kill tore, it starts a new one.
 
     Raises:
-        OSError: it does not fit on the disk; the file is as it was.
+        OSError: they do not fit on the disk; the file is as it was.
     """
-    line = (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
+    lines = "".join(json.dumps(value, sort_keys=True, allow_nan=False) + "\n" for value in values).encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         with suppress(OSError):  # not every file system has locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line
+            lines = b"\n" + lines
         try:
-            fits = os.write(descriptor, line) == len(line)
+            fits = os.write(descriptor, lines) == len(lines)
             os.fsync(descriptor)
         except OSError as error:
             os.ftruncate(descriptor, size)

@@ -19,20 +19,20 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing as mp, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rtshpc.core.errors import RunError
+from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RunError
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: a validation or a checkpoint on a slow disk is no hang."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals of a scheduler that takes the node back."""
 
 
 _PR_SET_PDEATHSIG = 1
 
 
 class Preempted(SystemExit):
-    """The training was asked to stop and has saved where it is; the exit code is 128 + the signal."""
+    """The training was asked to stop and has saved where it is."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,11 @@ def run_group(work: Work, processes: int, device: str, arguments: tuple[Any, ...
                     pass
             except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
                 if stopped():
-                    raise Preempted(128 + stopped()) from None
+                    raise Preempted from None
                 reason = _first_cause(Path(folder), [process.exitcode for process in started.processes], error)
                 raise RunError(f"a process of the training failed: {reason}") from error
         if not result.exists():
-            raise Preempted(128 + (stopped() or signal.SIGTERM))
+            raise Preempted
         return torch.load(result, weights_only=True)
 
 

@@ -77,6 +77,10 @@ def _fit(group: Group, cell: Cell, paths: RunPaths, build: Build, progress: Prog
         training = _Training(group, cell, paths, build, progress if group.leads else SILENT, stopped)
         try:
             return training.run()
+        except Exception:
+            if stopped():  # the signal reached a loader process, too, which is missed here: the last checkpoint stands
+                raise Preempted from None
+            raise
         finally:
             training.close()
 
@@ -132,7 +136,7 @@ class _Training:
         self.journal: Journal | None = None
         if group.leads:
             self.journal = Journal(own.metrics, own.tensorboard, self.position.metrics_bytes, self.position.step + 1)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), (self.position.epoch, self.position.step)
 
     def _resume(self) -> None:
         """Go on from last.pt; the first process reads it, so that all agree on what it is."""
@@ -273,8 +277,7 @@ class _Training:
         self.progress("validate", done, total, f"epoch {self.position.epoch}")
         # Alone, a process may leave in mid-validation; several leave together, after the next step.
         if self.group.size == 1 and self.stopped():
-            self._save()
-            raise Preempted(128 + self.stopped())
+            self._leave()
 
     def _best_content(self) -> dict[str, Any]:
         """What best.pt holds: enough to build the detector again from the cell's config."""
@@ -298,10 +301,14 @@ class _Training:
 
     def _stop_if_asked(self) -> None:
         """Save and leave when any process got a stop signal."""
-        number = self.group.any(self.stopped())
-        if number:
+        if self.group.any(self.stopped()):
+            self._leave()
+
+    def _leave(self) -> None:
+        """Save what is new; a checkpoint's time tells the scheduler whether this attempt got anywhere."""
+        if (self.position.epoch, self.position.step) != self.saved:
             self._save()
-            raise Preempted(128 + number)
+        raise Preempted
 
     def _save(self) -> None:
         """Write last.pt (the first process)."""
@@ -319,7 +326,7 @@ class _Training:
             "random": checkpoint.random_states(),
         }
         self.checkpoints.write_last(self.position, states)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), (self.position.epoch, self.position.step)
 
     def _results(self) -> dict[str, Any]:
         position, own = self.position, self.paths.cell(self.cell.id)

@@ -19,10 +19,12 @@ from typing import Any, cast
 
 from rtshpc.core.config import SiteConfig
 from rtshpc.core.config.run import NO_FILE
-from rtshpc.core.errors import RunError
+from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RunError
 from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import RunPaths, make_private, write_alone
+from rtshpc.hpc.attempt import attempt_number
 from rtshpc.hpc.container import command
+from rtshpc.hpc.sbatch import parameters
 from rtshpc.hpc.site import request
 
 LAUNCHER = "RTSHPC_LAUNCHER"
@@ -71,8 +73,12 @@ def become(stage: str, run_dir: str, task: str) -> None:
     No process waits in between: signals reach the task, and its exit code is the job's, on which
     Slurm's `afterok` depends.
     """
+    for number in STOP_SIGNALS:  # Submitit's own handlers would queue the job again, or call this a failure
+        signal.signal(number, signal.SIG_DFL)
     write_alone()
-    if os.getpid() != os.getsid(0):
+    if attempt_number(os.environ) > read_run_config(RunPaths(Path(run_dir)).config)[0].site.max_attempts:
+        sys.exit(STOPPED)  # after lost nodes, which Slurm itself queues again without end
+    if os.getpid() != os.getpgrp():  # a step of Slurm leads its group, and could lead no session
         os.setsid()
     line = task_command(stage, run_dir, task)
     os.execvp(line[0], line)  # noqa: S606 - an argument list, no shell
@@ -85,14 +91,7 @@ def call(stage: str, run_dir: str, task: str) -> None:
         subprocess.run(task_command(stage, run_dir, task), stdout=file, stderr=file, check=True)
 
 
-def submit(
-    site: SiteConfig,
-    paths: RunPaths,
-    stage: str,
-    tasks: Sequence[str],
-    after: Sequence[str] = (),
-    any_end: bool = False,
-) -> list[Job]:
+def submit(site: SiteConfig, paths: RunPaths, stage: str, tasks: Sequence[str], dependency: str = "") -> list[Job]:
     """Submit tasks of one stage: one Slurm array, or a process each.
 
     Args:
@@ -100,17 +99,16 @@ def submit(
         paths: the run.
         stage: the stage of all `tasks`.
         tasks: cell ids.
-        after: Slurm jobs these wait for; ignored by the other executors, whose caller waits.
-        any_end: wait for the end of `after`, not for its success.
+        dependency: of the Slurm jobs, as sbatch spells it; the callers of other executors wait themselves.
 
     Raises:
-        RunError: the site cannot be submitted to from here.
+        RunError: the site cannot be submitted to from here, or Slurm refuses the jobs.
     """
     folder = make_private(paths.logs / stage)
-    executor = _executor(site, folder, stage, after, any_end)
+    executor = _executor(site, folder, stage, dependency)
     function: Callable[[str, str, str], None] = call if site.executor == "debug" else become
     run_dir = str(paths.root)
-    with _shielded(site.executor == "local"):
+    with _shielded(site.executor == "local"), _told_in_one_line(site, stage):
         if len(tasks) == 1 or site.executor != "slurm":
             handles = [executor.submit(function, stage, run_dir, task) for task in tasks]
         else:
@@ -120,6 +118,28 @@ def submit(
         log = Path(handle.paths.stdout) if site.executor != "debug" else folder / f"{task}_debug.out"
         jobs.append(Job(str(handle.job_id), log, handle))
     return jobs
+
+
+def script(site: SiteConfig, paths: RunPaths, stage: str, tasks: int, dependency: str = "") -> str:
+    """The batch script that `submit` would hand to sbatch; nothing is written.
+
+    Raises:
+        RunError: the site cannot be submitted to from here.
+    """
+    executor = _executor(site, paths.logs / stage, stage, dependency)
+    if tasks > 1:
+        executor.parameters["map_count"] = tasks  # as Submitit does for an array
+    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+
+@contextmanager
+def _told_in_one_line(site: SiteConfig, stage: str) -> Generator[None]:
+    from submitit.core.utils import FailedJobError
+
+    try:
+        yield
+    except FailedJobError as error:
+        raise RunError(f"site {site.name}: sbatch refuses {stage}: {' '.join(str(error).split())}") from None
 
 
 def refuse_unusable(site: SiteConfig, paths: RunPaths) -> None:
@@ -163,6 +183,16 @@ def slurm_states(ids: Sequence[str]) -> dict[str, str] | None:
     return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in set(ids)}
 
 
+def queue_length() -> int | None:
+    """Jobs of this user that Slurm holds, each element of an array counted; None when it cannot be asked."""
+    asked = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if answer.returncode else len(answer.stdout.splitlines())
+
+
 def launcher_token() -> str:
     """Names this process so that a reused process id is not taken for it: `PID:START`."""
     return f"{os.getpid()}:{_started(os.getpid())}"
@@ -178,38 +208,28 @@ def _bare_executor(site: SiteConfig, folder: Path) -> Any:
     import submitit
 
     try:
+        if site.executor == "slurm":  # not the AutoExecutor: it cannot leave out Submitit's own workload key
+            return submitit.SlurmExecutor(folder=folder)
         return submitit.AutoExecutor(folder=folder, cluster=site.executor)
     except RuntimeError as error:
         raise RunError(f"site {site.name}: executor = {site.executor} cannot be used here: {error}") from None
 
 
-def _executor(site: SiteConfig, folder: Path, stage: str, after: Sequence[str], any_end: bool) -> Any:
+def _executor(site: SiteConfig, folder: Path, stage: str, dependency: str) -> Any:
     """A Submitit executor with the site's request."""
     executor = _bare_executor(site, folder)
-    if site.executor == "debug":
-        return executor
-    asked = request(site, stage)
-    extra: dict[str, Any] = {"kill-on-invalid-dep": "yes"} if after else {}
-    options: dict[str, Any] = {
-        "slurm_account": site.account or None,
-        "slurm_partition": site.partition or None,
-        "slurm_qos": site.qos or None,
-        "slurm_constraint": site.constraint or None,
-        "slurm_array_parallelism": site.max_jobs,
-        "slurm_dependency": f"{'afterany' if any_end else 'afterok'}:{':'.join(after)}" if after else None,
-        "slurm_additional_parameters": extra or None,
-    }
-    executor.update_parameters(
-        name=f"rtshpc-{stage}",
-        timeout_min=asked.minutes,
-        cpus_per_task=asked.cpus,
-        mem_gb=asked.memory_gb,
-        gpus_per_node=asked.gpus if asked.gpus or site.executor == "local" else None,
-        tasks_per_node=1,
-        nodes=1,
-        stderr_to_stdout=True,
-        **{key: value for key, value in options.items() if value is not None},
-    )
+    if site.executor == "slurm":
+        executor.update_parameters(**parameters(site, stage, folder.absolute(), dependency))
+    elif site.executor == "local":
+        asked = request(site, stage)
+        executor.update_parameters(
+            name=f"rtshpc-{stage}",
+            timeout_min=asked.minutes,
+            gpus_per_node=asked.gpus,
+            tasks_per_node=1,
+            nodes=1,
+            stderr_to_stdout=True,
+        )
     return executor
 
 

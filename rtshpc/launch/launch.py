@@ -89,9 +89,12 @@ def _here(console: Console, plan: Plan, ledger: Ledger) -> int:
 
 
 def _to_slurm(console: Console, plan: Plan, ledger: Ledger) -> int:
-    sent, left_alone = submit_arrays(plan, ledger)
-    text = f"{plan.paths.root}: {len(sent)} cells submitted, {len(left_alone)} are with Slurm already"
+    made = submit_arrays(plan, ledger)
+    text = f"{plan.paths.root}: {len(made.sent)} cells submitted, {len(made.left_alone)} are with Slurm already"
     console.print(f"{text}; see `status {plan.paths.root}`", markup=False, soft_wrap=True)
+    if made.held_back:
+        limit = f"site.submit_limit = {plan.config.site.submit_limit} leaves no room for {len(made.held_back)} cells"
+        console.print(f"{limit}; run the same line again when jobs have ended", markup=False, soft_wrap=True)
     return 0
 
 

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import fcntl
 import time
+from collections import Counter
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
 
 from rtshpc.core.cell import Cell
+from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import ConfigError, RunError
 from rtshpc.core.load import read_cell, read_run_config, write_cell, write_run_config
 from rtshpc.core.paths import RunPaths, make_private
-from rtshpc.core.records import append_line, read_plan, write_json
+from rtshpc.core.records import append_lines, read_plan, write_json
 from rtshpc.hpc.container import image_facts
-from rtshpc.hpc.executor import Job, slurm_states, submit
+from rtshpc.hpc.executor import Job, queue_length, script, slurm_states, submit
 from rtshpc.hpc.site import code_version
-from rtshpc.launch.plan import Plan, fingerprint_of, with_known_start
+from rtshpc.launch.plan import Array, Plan, arrays, fingerprint_of, with_known_start
 from rtshpc.launch.status import read_ledger
 
 LOCK_SECONDS = 2.0
 """How long a launcher tries for its run: `status` holds the lock for an instant to see whether it is held."""
+
+
+WRITERS = 16
+"""Threads that write the configs of cells."""
 
 
 class Ledger:
@@ -33,18 +41,27 @@ class Ledger:
 
     def add(self, cell: Cell, job: Job, executor: str) -> None:
         """Note one submission."""
-        entry = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "stage": cell.stage,
-            "cell": cell.id,
-            "label": cell.label,
-            "job": job.id,
-            "log": str(job.log),
-            "executor": executor,
-            "attempt": 1 + sum(entry["cell"] == cell.id for entry in self.entries),
-        }
-        append_line(self._path, entry)
-        self.entries.append(entry)
+        self.add_all([cell], [job], executor)
+
+    def add_all(self, cells: Sequence[Cell], jobs: Sequence[Job], executor: str) -> None:
+        """Note the submissions of one array."""
+        attempts = Counter(str(entry["cell"]) for entry in self.entries)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        entries: list[dict[str, Any]] = [
+            {
+                "time": now,
+                "stage": cell.stage,
+                "cell": cell.id,
+                "label": cell.label,
+                "job": job.id,
+                "log": str(job.log),
+                "executor": executor,
+                "attempt": 1 + attempts[cell.id],
+            }
+            for cell, job in zip(cells, jobs, strict=True)
+        ]
+        append_lines(self._path, entries)
+        self.entries += entries
 
     def last(self, cell_id: str) -> dict[str, Any] | None:
         """The cell's last submission."""
@@ -86,15 +103,14 @@ def prepare(plan: Plan) -> None:
         "image": image_facts(plan.config.site.image, _old_provenance(paths).get("image")),
     }
     write_run_config(paths.config, plan.config, provenance)
-    for cell in plan.todo:
-        _write_cell(paths, cell)
+    _write_cells(paths, plan.todo)
     mend_cells(plan)
     write_json(paths.plan, plan.describe())
 
 
 def mend_cells(plan: Plan) -> int:
     """Write the configs of done cells that do not read back as theirs; gives how many."""
-    mended = 0
+    damaged: list[Cell] = []
     for cell in plan.cells:
         if cell.id not in plan.done:
             continue
@@ -103,14 +119,20 @@ def mend_cells(plan: Plan) -> int:
         except ConfigError:
             whole = False
         if not whole:
-            _write_cell(plan.paths, cell)
-            mended += 1
-    return mended
+            damaged.append(cell)
+    _write_cells(plan.paths, damaged)
+    return len(damaged)
 
 
-def _write_cell(paths: RunPaths, cell: Cell) -> None:
-    make_private(paths.cell(cell.id).root)
-    write_cell(paths.cell(cell.id).config, cell)
+def _write_cells(paths: RunPaths, cells: Sequence[Cell]) -> None:
+    """Several at a time: each waits for the disk to say that it has the file."""
+
+    def write(cell: Cell) -> None:
+        make_private(paths.cell(cell.id).root)
+        write_cell(paths.cell(cell.id).config, cell)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, cells))
 
 
 def refuse_other_data(plan: Plan) -> None:
@@ -160,40 +182,73 @@ def _old_provenance(paths: RunPaths) -> dict[str, Any]:
         return {}
 
 
-def submit_arrays(plan: Plan, ledger: Ledger) -> tuple[list[Cell], list[Cell]]:
-    """Submit everything to Slurm at once: an array per stage and set of needs, chained by `afterok`.
+@dataclass(frozen=True)
+class Submission:
+    """What a launch handed to Slurm.
 
-    A failed cell keeps back only what builds on it (Slurm removes those jobs); the summary waits for the
-    end of all others. Cells whose job is still queued or running are left alone.
+    Attributes:
+        sent: cells submitted.
+        left_alone: cells whose job is still queued or running.
+        held_back: cells that `site.submit_limit` leaves no room for.
+    """
 
-    Returns:
-        The cells submitted, and those left alone.
+    sent: tuple[Cell, ...]
+    left_alone: tuple[Cell, ...]
+    held_back: tuple[Cell, ...]
+
+
+def submit_arrays(plan: Plan, ledger: Ledger) -> Submission:
+    """Submit all that is to do to Slurm at once, see `plan.arrays`; the ledger is written array by array.
 
     Raises:
-        RunError: Slurm cannot be used from here.
+        RunError: Slurm cannot be used from here, or refuses an array; those before it are submitted.
     """
-    known = {entry["cell"]: str(entry["job"]) for entry in ledger.entries if entry.get("executor") == "slurm"}
-    todo = {cell.id: cell for cell in plan.todo}
+    known = {str(entry["cell"]): str(entry["job"]) for entry in ledger.entries if entry.get("executor") == "slurm"}
+    site, todo = plan.config.site, {cell.id: cell for cell in plan.todo}
     states = slurm_states([known[name] for name in todo if name in known])
     if states is None:
         raise RunError("squeue cannot be asked which jobs of this run are still there; try again later")
-    jobs = {name: known[name] for name in todo if known.get(name) in states}
-    left_alone = [todo[name] for name in jobs]
-    for group in _arrays([cell for cell in todo.values() if cell.id not in jobs]):
-        any_end = group[0].stage == "summarise"
-        needs = list(jobs) if any_end else group[0].needs
-        after = list(dict.fromkeys(jobs[need] for need in needs if need in jobs))
-        names = [cell.id for cell in group]
-        sent = submit(plan.config.site, plan.paths, group[0].stage, names, after, any_end)
-        for cell, job in zip(group, sent, strict=True):
-            ledger.add(cell, job, "slurm")
-            jobs[cell.id] = job.id
-    return [cell for cell in todo.values() if cell not in left_alone], left_alone
+    queued = {name: known[name] for name in todo if known.get(name) in states}
+    room = _room(site)
+    jobs: dict[int, str] = {}
+    sent: list[Cell] = []
+    for array in arrays(plan.todo, queued, site.max_array):
+        cells = array.cells if room is None else array.cells[: room - len(sent)]
+        if cells:
+            made = submit(site, plan.paths, array.stage, [cell.id for cell in cells], array.dependency(jobs))
+            ledger.add_all(cells, made, "slurm")
+            jobs[array.number] = made[0].id.partition("_")[0]
+            sent += cells
+        if len(cells) < len(array.cells):
+            break
+    handed = {cell.id for cell in sent}
+    held_back = [cell for cell in todo.values() if cell.id not in handed and cell.id not in queued]
+    return Submission(tuple(sent), tuple(todo[name] for name in queued), tuple(held_back))
 
 
-def _arrays(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that wait for the same cells, in stage order: each group is one array."""
-    groups: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.stage, cell.needs), []).append(cell)
-    return list(groups.values())
+def _room(site: SiteConfig) -> int | None:
+    """Jobs that the user may still submit; None = any number."""
+    if not site.submit_limit:
+        return None
+    count = queue_length()
+    if count is None:
+        raise RunError("squeue cannot be asked how many jobs are in the queue (site.submit_limit); try again later")
+    return max(0, site.submit_limit - count)
+
+
+def scripts(plan: Plan) -> list[tuple[Array, str]]:
+    """Every array that a launch would submit where none of the run is queued, and its batch script.
+
+    Slurm gives jobs their numbers as they come: in dependencies the script says JOB1 for that of the first array.
+
+    Raises:
+        RunError: the site has no Slurm.
+    """
+    site = plan.config.site
+    if site.executor != "slurm":
+        raise RunError(f"site {site.name}: executor = {site.executor} has no batch scripts; give another --site")
+    found = arrays(plan.todo, {}, site.max_array)
+    names = {array.number: f"JOB{array.number + 1}" for array in found}
+    return [
+        (array, script(site, plan.paths, array.stage, len(array.cells), array.dependency(names))) for array in found
+    ]

@@ -1,7 +1,8 @@
 """`python -m rtshpc.stages STAGE --run-dir RUN --task TASK`: one task by hand or by a job.
 
 `python -m rtshpc.stages check|params|weights ARGUMENTS...` runs a tool that needs pixels or tensors.
-Exit codes: 0 done (or done before), 1 failed, 2 a mistake of the user or a missing library.
+Exit codes: 0 done (or done before), 1 failed, 2 a mistake of the user or a missing library, 75 told to stop: what was
+done is saved, and the same line goes on from there.
 """
 
 from __future__ import annotations

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from rtshpc.core.cell import RESULT_VERSION, Cell
-from rtshpc.core.errors import MissingExtra, RtshpcError, RunError, guess
+from rtshpc.core.errors import STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError, RunError, guess
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import Progress, Record, read_plan, write_json, write_record
 from rtshpc.hpc import books
+from rtshpc.hpc.attempt import OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
 from rtshpc.hpc.site import code_version, cpu_model
 
@@ -47,7 +48,8 @@ def run(stage: str, run_dir: Path, task: str) -> int:
         task: cell id, or index in the stage's array.
 
     Returns:
-        Exit code: 0 done, 1 failed (see failure.json), 2 a mistake of the user.
+        Exit code: 0 done, 1 failed (see failure.json), 2 a mistake of the user; a task that is told to stop ends
+        with errors.STOPPED.
 
     Raises:
         RunError: there is no such run or cell, or another process holds it.
@@ -57,7 +59,7 @@ def run(stage: str, run_dir: Path, task: str) -> int:
     cell = read_cell(folder.config)
     if cell.stage != stage:
         raise RunError(f"{folder.config}: cell {cell.id} is of stage {cell.stage}, not {stage}")
-    _end_with_group()
+    _end_when_told()
     _watch_launcher()
     with _locked(folder):
         if finished(cell, paths) is not None:
@@ -132,7 +134,8 @@ def _fail(folder: CellPaths, number: int, error: Exception) -> int:
     text = str(error) if mistake else f"{type(error).__name__}: {error}"
     trace = "" if mistake else "".join(traceback.format_exception(error))
     print(f"error: {text}" if mistake else trace, file=sys.stderr, flush=True)
-    facts = {"error": " ".join(text.split()), "kind": type(error).__name__, "traceback": trace}
+    kind = OUT_OF_MEMORY if isinstance(error, MemoryError) or "out of memory" in text else type(error).__name__
+    facts = {"error": " ".join(text.split()), "kind": kind, "traceback": trace}
     with suppress(OSError):
         write_json(folder.failure, facts)
         books.end(folder, number, "failed")
@@ -170,17 +173,22 @@ def _set_threads(cell: Cell) -> None:
         os.environ[variable] = str(training.threads if training is not None else 1)
 
 
-def _end_with_group() -> None:
-    """SIGTERM ends the task with all processes it started, where it leads a process group of its own."""
+def _end_when_told() -> None:
+    """A signal to stop ends the task, with all processes it started where it leads a group of its own.
+
+    What a stage has finished is in its journal, so there is nothing to save; a training puts handlers of its own in
+    place of these while it runs.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if os.getpid() != os.getpgrp():
-        return
 
     def end(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.killpg(os.getpgrp(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.getpid() == os.getpgrp():
+            os.killpg(os.getpgrp(), signal.SIGTERM)
+        os._exit(STOPPED)
 
-    signal.signal(signal.SIGTERM, end)
+    for number in STOP_SIGNALS:
+        signal.signal(number, end)
 
 
 def _watch_launcher() -> None:

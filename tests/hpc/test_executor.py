@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from rtshpc.core.config import SiteConfig
-from rtshpc.core.errors import RunError
+from rtshpc.core.errors import ConfigError, RunError
 from rtshpc.core.load import load_run, load_site, write_run_config
 from rtshpc.core.paths import RunPaths
 from rtshpc.hpc.container import command, image_facts
-from rtshpc.hpc.executor import launcher_lives, launcher_token, slurm_states, submit, task_command
+from rtshpc.hpc.executor import launcher_lives, launcher_token, script, slurm_states, submit, task_command
 from rtshpc.hpc.site import request
 
 SBATCH = """#!/bin/sh
@@ -35,7 +35,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_array_carries_the_sites_request_and_its_dependency(slurm: Path, tmp_path: Path) -> None:
     site = load_site("slurm-a5000", ["account=geo", "max_jobs=2", "constraint=a5000"])
-    jobs = submit(site, RunPaths(tmp_path / "run"), "pretrain", ["aa", "bb", "cc"], after=["7", "8_1"])
+    jobs = submit(site, RunPaths(tmp_path / "run"), "pretrain", ["aa", "bb", "cc"], "afterok:7:8_1")
     assert [job.id for job in jobs] == ["41_0", "41_1", "41_2"]
     text = (slurm / "sbatch.seen.0").read_text()
     for line in (
@@ -49,17 +49,57 @@ def test_an_array_carries_the_sites_request_and_its_dependency(slurm: Path, tmp_
         "--kill-on-invalid-dep=yes",
         "--mem=32GB",
         "--partition=a5000",
+        "--requeue",
+        "--signal=USR2@120",
         "--time=480",
     ):
         assert f"#SBATCH {line}\n" in text
+    assert "srun --unbuffered" in text and "--cpus-per-task=8 " in text
+    assert "wckey" not in text and "module" not in text and "SOCKET_IFNAME" not in text
     assert jobs[1].log.parent == tmp_path / "run" / "logs" / "pretrain"
 
 
-def test_a_summary_waits_for_the_end_of_all_and_asks_for_no_gpu(slurm: Path, tmp_path: Path) -> None:
-    submit(load_site("slurm-a100"), RunPaths(tmp_path / "run"), "summarise", ["aa"], after=["7"], any_end=True)
-    text = (slurm / "sbatch.seen.0").read_text()
-    assert "#SBATCH --dependency=afterany:7\n" in text
-    assert "gpus" not in text
+def test_a_site_names_gpus_keys_modules_and_interfaces_in_its_own_words(slurm: Path, tmp_path: Path) -> None:
+    plain = load_site("slurm-a100", ["gpu_type=a100", "gpus=2"])
+    own = load_site(
+        "slurm-a100",
+        [
+            "gpu_type=a100",
+            "gres=gres",
+            "wckey=k",
+            "modules=[apptainer, my cuda]",
+            "network_interface=ib0",
+            "requeue=never",
+        ],
+    )
+    paths = RunPaths(tmp_path / "run")
+    assert "#SBATCH --gpus-per-node=a100:2\n" in script(plain, paths, "pretrain", 1)
+    text = script(own, paths, "pretrain", 1)
+    for line in (
+        "#SBATCH --gres=gpu:a100:1",
+        "#SBATCH --wckey=k",
+        "#SBATCH --no-requeue",
+        "module load apptainer 'my cuda' || exit",
+        "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0",
+    ):
+        assert f"{line}\n" in text
+    assert "gpus-per-node" not in text
+    assert not {"--gres", "--gpus"} & {line.split("=")[0][8:] for line in script(own, paths, "gather", 1).splitlines()}
+    assert not paths.root.exists()
+
+
+def test_a_line_break_in_a_sites_words_is_refused() -> None:
+    for key in ("account", "partition", "qos", "constraint", "wckey", "network_interface"):
+        with pytest.raises(ConfigError, match=rf"{key} = .* must match"):
+            load_site("slurm-a100", [f'{key}="a\\nrm"'])
+    with pytest.raises(ConfigError, match="must match"):
+        load_site("slurm-a100", ['modules=["a\\nrm"]'])
+
+
+def test_jobs_that_slurm_refuses_are_one_line(slurm: Path, tmp_path: Path) -> None:
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2\necho more >&2\nexit 1\n")
+    with pytest.raises(RunError, match=r"site slurm-a100: sbatch refuses gather: .*invalid account more"):
+        submit(load_site("slurm-a100"), RunPaths(tmp_path / "run"), "gather", ["aa"])
 
 
 def test_jobs_that_slurm_holds_are_told_from_those_it_forgot(slurm: Path) -> None:

@@ -14,9 +14,9 @@ from rtshpc.core.features import Chips, cell_bytes
 from rtshpc.core.grid import finished
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, append_line, read_record, write_json, write_record
-from rtshpc.launch.plan import Plan
+from rtshpc.launch.plan import Plan, arrays
 from rtshpc.launch.status import run_status
-from rtshpc.launch.submit import _arrays, prepare
+from rtshpc.launch.submit import prepare
 
 from .conftest import Launcher
 from .test_plan import plan_of
@@ -95,10 +95,11 @@ def test_cached_cells_wait_for_pretraining_and_features_and_are_an_array_of_thei
     plan = plan_of(launcher, CACHED)
     stages = [cell.stage for cell in plan.todo]
     assert stages == sorted(stages, key=plan.stages.index) and stages.count("features") == 2
-    arrays = _arrays(plan.todo)
-    tuned = next(group[0] for group in arrays if group[0].stage == "finetune")
-    stored = {cell.id for group in arrays for cell in group if cell.stage == "features"}
-    assert stored < set(tuned.needs) and all(len(group) == 1 for group in arrays if group[0].stage == "features")
+    found = {array.stage: array for array in arrays(plan.todo, {}, 1000)}
+    stored, tuned = found["features"], found["finetune"]
+    assert {cell.id for cell in stored.cells} < set(tuned.cells[0].needs)
+    assert (stored.rule, stored.after) == ("aftercorr", ((found["pretrain"].number, None),))
+    assert (tuned.rule, tuned.after) == ("afterok", ((stored.number, 0), (stored.number, 1)))
     assert [cell.stage for cell in plan_of(launcher, CACHED, until="features").todo][-2:] == ["features", "features"]
     assert "finetune" not in {cell.stage for cell in plan_of(launcher, CACHED, until="features").todo}
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from rtshpc.core.cell import Cell
+from rtshpc.core.errors import STOPPED
 from rtshpc.core.grid import cells, finished
 from rtshpc.core.load import load_run, write_cell, write_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
@@ -216,7 +217,7 @@ def test_a_preempted_task_saves_leaves_without_a_record_and_goes_on(work: tuple[
         while process.poll() is None and _rows(own) < 3:
             time.sleep(0.005)
         process.terminate()
-        assert process.wait(PATIENCE) == 128 + 15
+        assert process.wait(PATIENCE) == STOPPED
     assert own.last_checkpoint.exists() and not own.record.exists() and not own.failure.exists()
     kept = _rows(own)
     assert subprocess.run(command, env=environment, check=False).returncode == 0

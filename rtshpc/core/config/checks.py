@@ -7,7 +7,7 @@ from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from rtshpc.core.config.explain import show
 
@@ -16,6 +16,9 @@ FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 MODALITY_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 """A modality's name is part of file names, labels (`rgb+ndvi`) and dotted keys."""
+
+Line = Annotated[str, Field(pattern=r"^[ -~]*$")]
+"""Text for one line of a batch script: a line break would begin a command."""
 
 
 def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from rtshpc.core.config.checks import FILE_NAME, Names, ordered, rising, unique
+from rtshpc.core.config.checks import FILE_NAME, Line, Names, ordered, rising, unique
 from rtshpc.core.config.data import DataConfig
 from rtshpc.core.config.explain import show
 from rtshpc.core.config.model import ModelConfig
@@ -157,15 +157,31 @@ class SiteConfig(Section):
 
     name: str = doc("name of the site", "local")
     executor: Literal["local", "slurm", "debug"] = doc("processes here, Slurm jobs, or in this process", "local")
-    max_jobs: int = doc("jobs at once", 2, ge=1)
-    account: str = doc("Slurm account", "")
-    partition: str = doc("Slurm partition", "")
-    qos: str = doc("Slurm quality of service", "")
-    constraint: str = doc("Slurm node features", "")
+    max_jobs: int = doc("jobs at once; of each array on Slurm (%N)", 2, ge=1)
+    account: Line = doc("Slurm account", "")
+    partition: Line = doc("Slurm partition", "")
+    qos: Line = doc("Slurm quality of service", "")
+    constraint: Line = doc("Slurm node features", "")
+    wckey: Line = doc("Slurm workload key; empty = none is given", "")
     gpus: int = doc("GPUs of a training job", 0, ge=0)
+    gpu_type: str = doc("GPU type as Slurm spells it, e.g. a100; empty = any", "", pattern=r"^[\w.-]*$")
+    gres: Literal["gpus-per-node", "gres"] = doc(
+        "how GPUs are asked for: --gpus-per-node=[TYPE:]N or --gres=gpu:[TYPE:]N", "gpus-per-node"
+    )
     cpus: int = doc("cores of a job", 1, ge=1)
     memory_gb: int = doc("memory of a job, GB", 8, ge=1)
     minutes: int = doc("time limit of a job, minutes", 240, ge=1)
+    warn_seconds: int = doc("a task is told to save so long before its limit, s; Slurm may be 60 s early", 120, ge=1)
+    requeue: Literal["never", "stopped", "killed"] = doc(
+        "jobs that queue themselves again: none; those told to stop (preemption, time limit) or whose node was lost;"
+        " those and the ones killed without a word",
+        "killed",
+    )
+    max_attempts: int = doc("attempts of one job, all requeues counted", 10, ge=1)
+    max_array: int = doc("elements of the largest array; Slurm's MaxArraySize - 1", 1000, ge=1)
+    submit_limit: int = doc("jobs a user may have in the queue, array elements counted; 0 = no limit", 0, ge=0)
+    modules: tuple[Line, ...] = doc("environment modules that a job loads, on the host", ())
+    network_interface: Line = doc("interface for NCCL and GLOO, e.g. ib0; empty = their choice", "")
     image: str = doc("Apptainer image the tasks run in; empty = this environment", "")
     binds: tuple[str, ...] = doc("paths bound into the image", ())
 

@@ -14,14 +14,21 @@ from rtshpc.launch.commands.options import load_config, sweep_options
 @click.command(short_help="Show what a sweep would do.")
 @sweep_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(config: str, site: str | None, sets: tuple[str, ...], until: str | None, runs: str, as_json: bool) -> int:
+@click.option("--sbatch", "as_scripts", is_flag=True, help="Print the batch scripts that a Slurm site would be given.")
+def plan(
+    config: str, site: str | None, sets: tuple[str, ...], until: str | None, runs: str, as_json: bool, as_scripts: bool
+) -> int:
     """Show stages, arrays and cells of a sweep, and what is already done. Writes nothing."""
     resolved = load_config(config, site, sets)
     from rtshpc.launch.plan import make_plan
-    from rtshpc.launch.submit import refuse_other_data
+    from rtshpc.launch.submit import refuse_other_data, scripts
 
     found = make_plan(resolved, Path(runs), until)
     refuse_other_data(found)
+    if as_scripts:
+        for array, text in scripts(found):
+            click.echo(f"# JOB{array.number + 1}: {array.stage}, {len(array.cells)} cells\n{text}")
+        return 0
     facts = found.describe()
     if as_json:
         click.echo(json.dumps(facts, indent=1))

@@ -1,0 +1,189 @@
+"""What becomes of an attempt that ended without a record: `python -m rtshpc.hpc.attempt FOLDER CODE SECONDS`.
+
+The batch script calls it, on the host, so that no image needs Slurm's programs. A task that was told to stop, or was
+killed without a word, goes back into the queue inside its own job: what depends on that job stays. Only this element
+is queued again, never its array. A task that failed is not: it would fail again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtshpc.core.config import SiteConfig
+from rtshpc.core.errors import STOP_SIGNALS, STOPPED
+from rtshpc.core.load import read_run_config
+from rtshpc.core.paths import CellPaths, RunPaths
+from rtshpc.core.records import write_json
+
+EARLY_SECONDS = 60
+"""Slurm gives the warning before a time limit up to so much earlier than asked."""
+
+OUT_OF_MEMORY = "OutOfMemory"
+"""Kind of a failure that more memory, or a smaller batch, would mend."""
+
+LOG_TAIL = 1 << 16
+"""Bytes at a log's end in which Slurm's last words are looked for."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended.
+
+    Attributes:
+        code: exit code of srun: the task's, or 128 + the signal that killed it.
+        seconds: how long it ran.
+        number: of the attempt in its job, from 1.
+        advanced: whether it saved something to go on from.
+        out_of_memory: whether Slurm says that memory ran out.
+        explained: whether the task has written down why it failed.
+        taken: whether the job is over for Slurm already: its user cancelled it, or Slurm queues it again itself.
+    """
+
+    code: int
+    seconds: int
+    number: int
+    advanced: bool
+    out_of_memory: bool
+    explained: bool = False
+    taken: bool = False
+
+    @property
+    def told(self) -> bool:
+        """Whether it was told to stop."""
+        return self.code in (STOPPED, *(128 + number for number in STOP_SIGNALS))
+
+    @property
+    def killed(self) -> bool:
+        """Whether it was killed without a word."""
+        return self.code == 128 + signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the attempt is repeated; else its kind of failure and why, empty where there is nothing to tell."""
+
+    again: bool
+    kind: str = ""
+    why: str = ""
+
+
+def judge(ended: Ended, site: SiteConfig) -> Verdict:
+    """What to do about an attempt that ended without a record."""
+    if ended.out_of_memory:
+        return Verdict(False, OUT_OF_MEMORY, f"out of memory: it had site.memory_gb = {site.memory_gb}")
+    if not (ended.told or ended.killed):
+        return Verdict(False) if ended.explained else _failed(ended.code)
+    how = "was told to stop" if ended.told else "was killed (SIGKILL)"
+    late = ended.seconds >= site.minutes * 60 - site.warn_seconds - EARLY_SECONDS
+    if ended.taken and not late:
+        return Verdict(False, "Taken")
+    if late and not ended.advanced:
+        why = f"the time limit came before the first checkpoint of this attempt; site.minutes = {site.minutes}"
+        return Verdict(False, "TimeLimit", f"{why} is too short")
+    if ended.number >= site.max_attempts:
+        return Verdict(False, "Attempts", f"attempt {ended.number} {how}; site.max_attempts = {site.max_attempts}")
+    if site.requeue == "never" or (ended.killed and site.requeue == "stopped"):
+        return Verdict(False, "Killed", f"it {how}; site.requeue = {site.requeue}")
+    return Verdict(True)
+
+
+def _failed(code: int) -> Verdict:
+    """What a task did not write down itself: it crashed, or never began."""
+    try:
+        how = f"killed by {signal.Signals(code - 128).name}"
+    except ValueError:
+        how = f"ended with exit code {code}"
+    return Verdict(False, "Died", f"{how}; the log says more")
+
+
+def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]) -> str:
+    """Judge the attempt of the job that `environment` names, and act on it; what was done, for the log."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    job = job_name(environment)
+    place = JobPaths(folder, job)
+    stage, run_dir, task = DelayedSubmission.load(place.submitted_pickle).args
+    paths = RunPaths(Path(run_dir))
+    site, cell = read_run_config(paths.config)[0].site, paths.cell(task)
+    number = attempt_number(environment)
+    ended = Ended(
+        code=code,
+        seconds=seconds,
+        number=number,
+        advanced=advanced(cell),
+        out_of_memory=out_of_memory(place.stdout),
+        explained=cell.failure.exists(),
+        taken=taken_away(job),
+    )
+    verdict = judge(ended, site)
+    if verdict.again:
+        refused = requeue(job)
+        if not refused:
+            return f"attempt {number} of {stage} {task} ended with {code}; job {job} is in the queue again"
+        verdict = Verdict(False, "Killed", f"it ended with {code} and could not be queued again: {refused}")
+    if verdict.why:
+        write_json(cell.failure, {"error": verdict.why, "kind": verdict.kind, "traceback": f"see {place.stdout}"})
+    return f"attempt {number} of {stage} {task} ended with {code}: {verdict.why or 'nothing is left to do about it'}"
+
+
+def job_name(environment: Mapping[str, str]) -> str:
+    """`12_3` for an element of an array, else `12`; the plain number of an element could mean its array."""
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def attempt_number(environment: Mapping[str, str]) -> int:
+    """Number of the attempt in its job, from 1; Slurm counts its own requeues and ours."""
+    return 1 + int(environment.get("SLURM_RESTART_COUNT", "0"))
+
+
+def advanced(cell: CellPaths) -> bool:
+    """Whether the last attempt saved something: its checkpoint or journal is younger than its start."""
+    try:
+        started = cell.attempts.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    saved = [path.stat().st_mtime_ns for path in (cell.last_checkpoint, cell.journal) if path.exists()]
+    return max(saved, default=0) > started
+
+
+def out_of_memory(log: Path) -> bool:
+    """Whether Slurm's last words in a log are about memory."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL))
+            tail = file.read()
+    except OSError:
+        return False
+    return b"oom-kill event" in tail or b"Out Of Memory" in tail  # torch writes its own in small letters
+
+
+def taken_away(job: str) -> bool:
+    """Whether the job is no longer running for Slurm."""
+    asked = ["squeue", "--noheader", "--format=%T", "--jobs", job]
+    answer = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
+    return answer.stdout.strip() != "RUNNING"
+
+
+def requeue(job: str) -> str:
+    """Put one job, or one element of an array, back into the queue; why not, else nothing."""
+    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+    return " ".join(answer.stderr.split()) if answer.returncode else ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Settle the attempt; gives the task's exit code, which Slurm's `afterok` sees."""
+    folder, code, seconds = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    print(f"rtshpc: {settle(folder, code, seconds, os.environ)}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

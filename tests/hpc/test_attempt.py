@@ -1,0 +1,154 @@
+"""What becomes of attempts that end without a record."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from submitit.core.utils import DelayedSubmission
+
+from rtshpc.core.config import SiteConfig
+from rtshpc.core.errors import STOPPED
+from rtshpc.core.load import load_run, write_run_config
+from rtshpc.core.paths import CellPaths, RunPaths
+from rtshpc.core.records import append_line, read_json
+from rtshpc.hpc.attempt import OUT_OF_MEMORY, Ended, Verdict, advanced, job_name, judge, main, out_of_memory
+from rtshpc.hpc.executor import become
+
+SITE = SiteConfig(executor="slurm", minutes=60, warn_seconds=60, max_attempts=3, memory_gb=8)
+KILLED, TOLD = 128 + signal.SIGKILL, 128 + signal.SIGTERM
+
+
+def ended(code: int, seconds: int = 10, number: int = 1, saved: bool = False, oom: bool = False) -> Ended:
+    return Ended(code, seconds, number, saved, oom)
+
+
+def explained(code: int) -> Ended:
+    return Ended(code, 10, 1, False, False, explained=True)
+
+
+@pytest.mark.parametrize("code", [STOPPED, TOLD, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2, KILLED])
+def test_what_was_told_to_stop_or_killed_is_tried_again_until_the_attempts_are_used_up(code: int) -> None:
+    assert judge(ended(code), SITE).again
+    assert judge(ended(code, number=2), SITE).again
+    last = judge(ended(code, number=3), SITE)
+    assert (last.again, last.kind, "max_attempts = 3" in last.why) == (False, "Attempts", True)
+
+
+@pytest.mark.parametrize("code", [1, 2, 126, 255, 128 + signal.SIGSEGV])
+def test_a_task_that_failed_is_not_tried_again_and_named_where_it_could_not_name_itself(code: int) -> None:
+    assert judge(explained(code), SITE) == Verdict(False)
+    verdict = judge(ended(code), SITE)
+    assert (verdict.again, verdict.kind) == (False, "Died")
+    assert ("SIGSEGV" if code == 139 else f"exit code {code}") in verdict.why
+
+
+def test_a_time_limit_is_tried_again_only_if_the_checkpoint_advanced() -> None:
+    late = SITE.minutes * 60 - 100
+    assert judge(ended(STOPPED, late, saved=True), SITE).again
+    stuck = judge(ended(STOPPED, late, saved=False), SITE)
+    assert (stuck.again, stuck.kind) == (False, "TimeLimit")
+    assert "site.minutes = 60 is too short" in stuck.why
+    assert judge(ended(STOPPED, late - 200, saved=False), SITE).again
+
+
+def test_memory_that_ran_out_is_named_and_not_tried_again_unchanged() -> None:
+    verdict = judge(ended(KILLED, oom=True), SITE)
+    assert (verdict.again, verdict.kind, "site.memory_gb = 8" in verdict.why) == (False, OUT_OF_MEMORY, True)
+
+
+def test_the_sites_policy_says_what_is_queued_again() -> None:
+    never, stopped = (SITE.model_copy(update={"requeue": word}) for word in ("never", "stopped"))
+    assert [judge(ended(code), never).again for code in (STOPPED, KILLED)] == [False, False]
+    assert [judge(ended(code), stopped).again for code in (STOPPED, KILLED)] == [True, False]
+
+
+def test_a_checkpoint_or_journal_counts_when_it_is_younger_than_the_attempt(tmp_path: Path) -> None:
+    cell = CellPaths(tmp_path)
+    assert not advanced(cell)
+    cell.checkpoints.mkdir()
+    for saved in (cell.last_checkpoint, cell.journal):
+        saved.write_text("x")
+        os.utime(saved, ns=(10, 10))
+    append_line(cell.attempts, {})
+    assert not advanced(cell)
+    for saved in (cell.last_checkpoint, cell.journal):
+        os.utime(saved)
+        os.utime(cell.attempts, ns=(20, 20))
+        assert advanced(cell)
+        os.utime(saved, ns=(10, 10))
+
+
+def test_slurms_word_for_memory_is_told_from_torchs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert not out_of_memory(log)
+    log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+    assert not out_of_memory(log)
+    log.write_text("x" * 100_000 + "\nslurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0.\n")
+    assert out_of_memory(log)
+
+
+def test_an_element_is_never_named_by_a_number_that_could_mean_its_array() -> None:
+    assert job_name({"SLURM_JOB_ID": "12"}) == "12"
+    element = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    assert job_name(element) == "12_3"
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Element 3 of a job, in a run folder, with programs by the names of Slurm's; gives the folder of its logs."""
+    paths = RunPaths(tmp_path / "run")
+    write_run_config(paths.config, load_run("demo", ["site.max_attempts=3"]), {})
+    logs = paths.logs / "pretrain"
+    logs.mkdir(parents=True)
+    paths.cell("aa").root.mkdir(parents=True)
+    DelayedSubmission(become, "pretrain", str(paths.root), "aa").dump(logs / "12_3_submitted.pkl")
+    programs = {"squeue": "echo RUNNING", "scontrol": f'echo "$@" >> {tmp_path}/asked'}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in (("JOB_ID", "15"), ("ARRAY_JOB_ID", "12"), ("ARRAY_TASK_ID", "3"), ("RESTART_COUNT", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    return logs
+
+
+def test_the_element_queues_itself_again_and_keeps_the_tasks_exit_code(job: Path, tmp_path: Path) -> None:
+    assert main([str(job), str(STOPPED), "5"]) == STOPPED
+    assert (tmp_path / "asked").read_text() == "requeue 12_3\n"
+    assert not (tmp_path / "run/cells/aa/failure.json").exists()
+
+
+def test_what_is_not_queued_again_says_why_in_its_cell(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = tmp_path / "run/cells/aa/failure.json"
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'slurm_requeue error: disabled' >&2\nexit 1\n")
+    assert main([str(job), "137", "5"]) == 137
+    assert "could not be queued again: slurm_requeue error: disabled" in read_json(failure)["error"]
+    (job / "12_3_0_log.out").write_text("slurmstepd: error: Detected 1 oom-kill event(s) in StepId=15.0.\n")
+    main([str(job), "137", "5"])
+    assert read_json(failure)["kind"] == OUT_OF_MEMORY
+    (job / "12_3_0_log.out").unlink()
+    failure.unlink()
+    main([str(job), "1", "5"])
+    assert "ended with exit code 1" in read_json(failure)["error"]
+    failure.write_text('{"error": "the task said so"}')
+    main([str(job), "1", "5"])
+    assert read_json(failure)["error"] == "the task said so"
+
+
+def test_a_job_that_its_user_cancelled_stays_cancelled_and_is_no_failure(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho COMPLETING\n")
+    assert main([str(job), str(TOLD), "5"]) == TOLD
+    assert not (tmp_path / "asked").exists()
+    assert not (tmp_path / "run/cells/aa/failure.json").exists()
+
+
+def test_a_job_that_lost_too_many_nodes_does_not_start_its_task(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    with pytest.raises(SystemExit) as caught:
+        become("pretrain", str(job.parents[1]), "aa")
+    assert caught.value.code == STOPPED
