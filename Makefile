@@ -2,19 +2,24 @@
 # .venv comes from the hash-checked lock; LOCK=cuda12 takes the pair built for CUDA 12.
 
 LOCK ?= default
+IMAGE ?= rtshpc.sif
+BASE ?= oci
+DETECTRON2 ?=
+FLAGS ?=
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 STAMP := .venv/.installed-$(LOCK)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full check lock apt clean help
+.PHONY: demo test test-full check image lock apt clean help
 
 help:
 	@echo "make demo       the main job on this machine: generated scenes to a report (under 8 minutes on 2 cores)"
 	@echo "make test       style, types, layers, size limits, then the tests (under 20 minutes)"
 	@echo "make test-full  the tests, with more kills and more random layouts"
 	@echo "make check      style, types, layers and size limits alone"
+	@echo "make image      the container image (needs apptainer; BASE=debootstrap without a registry; docs/containers.md)"
 	@echo "make lock       resolve requirements/*.txt anew (needs uv)"
 
 $(STAMP): requirements/$(LOCK).txt pyproject.toml
@@ -56,10 +61,13 @@ test-full: check apt
 	$(BIN)/python -m pytest -m "not slow and not full" --ignore tests/house
 	$(BIN)/python -m pytest -m "slow or full" -rs
 
+image:
+	containers/build.sh --lock $(LOCK) --base "$(BASE)" --detectron2 "$(DETECTRON2)" --output "$(IMAGE)" $(FLAGS)
+
 lock:
 	for l in default cuda12; do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --no-annotate --extra tasks --extra dev --extra benchmarks pyproject.toml requirements/$$l.in \
 		-o requirements/$$l.txt || exit 1; done
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv runs .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -19,11 +19,13 @@ from typing import Any, cast
 
 from rtshpc.core.config import SiteConfig
 from rtshpc.core.config.run import NO_FILE
-from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RunError
+from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RtshpcError, RunError, system_sentence
 from rtshpc.core.load import read_run_config
-from rtshpc.core.paths import RunPaths, make_private, write_alone
+from rtshpc.core.paths import CellPaths, RunPaths, make_private, write_alone
+from rtshpc.core.records import write_json
+from rtshpc.hpc.accounting import ask_queue
 from rtshpc.hpc.attempt import attempt_number
-from rtshpc.hpc.container import command
+from rtshpc.hpc.container import command, refuse_image, refuse_start
 from rtshpc.hpc.sbatch import parameters
 from rtshpc.hpc.site import request
 
@@ -59,7 +61,8 @@ class Job:
 def task_command(stage: str, run_dir: str, task: str) -> list[str]:
     """The argument list of one task, by the run's own config."""
     paths = RunPaths(Path(run_dir))
-    config, _ = read_run_config(paths.config)
+    config, provenance = read_run_config(paths.config)
+    refuse_start(config.site, provenance.get("image"))
     arguments = ["-u", "-m", "rtshpc.stages", stage, "--run-dir", run_dir, "--task", task]
     folders = [paths.root, Path.cwd(), Path(config.data.root)]
     if config.pretrain.init != NO_FILE:
@@ -80,8 +83,19 @@ def become(stage: str, run_dir: str, task: str) -> None:
         sys.exit(STOPPED)  # after lost nodes, which Slurm itself queues again without end
     if os.getpid() != os.getpgrp():  # a step of Slurm leads its group, and could lead no session
         os.setsid()
-    line = task_command(stage, run_dir, task)
-    os.execvp(line[0], line)  # noqa: S606 - an argument list, no shell
+    try:
+        line = task_command(stage, run_dir, task)
+        os.execvp(line[0], line)  # noqa: S606 - an argument list, no shell
+    except (RtshpcError, OSError) as error:
+        _give_up(RunPaths(Path(run_dir)).cell(task), error)
+
+
+def _give_up(cell: CellPaths, error: RtshpcError | OSError) -> None:
+    """End with the reason why the task could not be started, where `status` looks for it."""
+    text = system_sentence(error) if isinstance(error, OSError) else str(error)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    write_json(cell.failure, {"error": text, "kind": type(error).__name__, "traceback": ""})
+    sys.exit(2)
 
 
 def call(stage: str, run_dir: str, task: str) -> None:
@@ -147,6 +161,7 @@ def refuse_unusable(site: SiteConfig, paths: RunPaths) -> None:
     if "%" in str(paths.root.absolute()):
         text = "% in the path of a run is expanded by Submitit and Slurm; take another folder (--runs DIR)"
         raise RunError(f"{paths.root.absolute()}: {text}")
+    refuse_image(site)
     _bare_executor(site, paths.logs)
 
 
@@ -169,18 +184,8 @@ def stop(jobs: Sequence[Job]) -> None:
 
 def slurm_states(ids: Sequence[str]) -> dict[str, str] | None:
     """State of the jobs that Slurm still holds (`PENDING`, ...); None when it cannot be asked."""
-    if not ids:
-        return {}
-    wanted = ",".join(sorted({job.partition("_")[0] for job in ids}))
-    asked = ["squeue", "--noheader", "--array", "--format=%i %T", "--jobs", wanted]
-    try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if answer.returncode and "Invalid job id" not in answer.stderr:
-        return None
-    rows = [line.split() for line in answer.stdout.splitlines()]
-    return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in set(ids)}
+    queue = ask_queue(ids)
+    return None if queue is None else {job: found.state for job, found in queue.items() if found.held}
 
 
 def queue_length() -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import rtshpc
 from rtshpc.core.config import SiteConfig
+from rtshpc.hpc.container import COMMIT_FILE
 
 GPU_STAGES = frozenset({"pretrain", "features", "finetune", "evaluate", "measure"})
 """Stages that use a GPU where the site has one; the others would let it idle."""
@@ -72,11 +73,12 @@ def gpus_here() -> list[str]:
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if not answer.returncode else []
 
 
-def code_version() -> str:
-    """The clone's commit (`-dirty` with local changes), else the package's version."""
-    root = Path(rtshpc.__file__).resolve().parents[1]
+def code_version(clone: Path | None = None) -> str:
+    """The commit of a clone (this code's), `-dirty` with local changes; in an image its own; else the package's version."""
+    root = clone or Path(rtshpc.__file__).resolve().parents[1]
+    note = root / COMMIT_FILE
     if not (root / ".git").exists():
-        return rtshpc.__version__
+        return note.read_text(encoding="utf-8").strip() if note.is_file() else rtshpc.__version__
     asked = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)

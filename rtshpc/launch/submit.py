@@ -90,17 +90,18 @@ def prepare(plan: Plan) -> None:
     """Write config.yaml, plan.json and the configs of the cells to do or damaged; the run's lock is held.
 
     Raises:
-        RunError: the folder's shards hold other data, or the image is missing.
+        RunError: the folder's shards hold other data, or the image is missing or not the pinned one.
     """
     paths = plan.paths
     refuse_other_data(plan)
+    image = image_facts(plan.config.site, _old_provenance(paths).get("image"))
     paths.create()
     fingerprint_of(plan.config, paths, remember=True)
     with_known_start(plan.config, paths, remember=True)
     provenance = {
         "commit": code_version(),
         "data_fingerprint": plan.fingerprint,
-        "image": image_facts(plan.config.site.image, _old_provenance(paths).get("image")),
+        "image": image,
     }
     write_run_config(paths.config, plan.config, provenance)
     _write_cells(paths, plan.todo)

@@ -11,7 +11,6 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import ConfigError, RunError
 from rtshpc.core.load import load_run, load_site, write_run_config
 from rtshpc.core.paths import RunPaths
-from rtshpc.hpc.container import command, image_facts
 from rtshpc.hpc.executor import launcher_lives, launcher_token, script, slurm_states, submit, task_command
 from rtshpc.hpc.site import request
 
@@ -26,7 +25,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Programs by the names of Slurm's that keep what they are given: what would be submitted can be read."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in {"sbatch": SBATCH, "srun": "#!/bin/sh\n", "squeue": "#!/bin/sh\necho '41_0 RUNNING'\n"}.items():
+    for name, text in {
+        "sbatch": SBATCH,
+        "srun": "#!/bin/sh\n",
+        "squeue": "#!/bin/sh\necho '41_0|RUNNING|None|N/A|0:01|1:00|n'\n",
+    }.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -120,27 +123,6 @@ def test_a_task_is_a_line_that_anyone_can_type(tmp_path: Path) -> None:
     assert line == [
         sys.executable, "-u", "-m", "rtshpc.stages", "pretrain", "--run-dir", str(tmp_path), "--task", "abc",
     ]  # fmt: skip
-
-
-def test_the_container_line_binds_what_the_task_reads(tmp_path: Path) -> None:
-    site = SiteConfig(image="/images/r.sif", gpus=1, binds=("/scratch:/scratch:ro",))
-    line = command(site, ["-m", "x"], (tmp_path, tmp_path, Path.cwd()), "python3")
-    assert line[:3] == ["apptainer", "exec", "--nv"]
-    binds = [line[index + 1] for index, word in enumerate(line) if word == "--bind"]
-    assert binds == [f"{tmp_path}:{tmp_path}", f"{Path.cwd()}:{Path.cwd()}", "/scratch:/scratch:ro"]
-    assert line[-4:] == ["/images/r.sif", "python", "-m", "x"]
-    assert command(SiteConfig(), ["-m", "x"], (tmp_path,), "python3") == ["python3", "-m", "x"]
-
-
-def test_an_images_hash_is_taken_anew_only_when_it_changed(tmp_path: Path) -> None:
-    image = tmp_path / "r.sif"
-    image.write_bytes(b"one")
-    facts = image_facts(str(image))
-    assert len(facts["sha256"]) == 64
-    assert image_facts(str(image), {**facts, "sha256": "kept"})["sha256"] == "kept"
-    image.write_bytes(b"other")
-    assert image_facts(str(image), facts)["sha256"] != facts["sha256"]
-    assert image_facts("") == {}
 
 
 def test_only_stages_that_use_a_gpu_ask_for_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from types import UnionType
@@ -19,6 +20,19 @@ MODALITY_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 Line = Annotated[str, Field(pattern=r"^[ -~]*$")]
 """Text for one line of a batch script: a line break would begin a command."""
+
+SHA256 = r"^([0-9a-f]{64})?$"
+"""A checksum, or nothing."""
+
+_BIND = re.compile(r"/[^:]*(:/[^:]*(:(ro|rw))?)?")
+
+
+def _absolute(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Folders as Apptainer takes them: absolute, and nothing that it would read as an option."""
+    for value in values:
+        if not _BIND.fullmatch(value):
+            raise ValueError(f"{show(value)} must be SOURCE[:DESTINATION[:ro]] with absolute paths")
+    return values
 
 
 def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -44,6 +58,9 @@ def rising(values: Sequence[float], key: str, over: float, under: float | None =
         limit = f"more than {over:g}" if under is None else f"between {over:g} and {under:g}"
         raise ValueError(f"{key} = {show(tuple(values))} must be {limit} and rise")
 
+
+Binds = Annotated[tuple[str, ...], AfterValidator(_absolute)]
+"""Folders for a container: "SOURCE[:DESTINATION[:ro]]"."""
 
 Names = Annotated[tuple[str, ...], AfterValidator(unique)]
 """Names of which none is empty or given twice."""

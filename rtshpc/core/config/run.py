@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from rtshpc.core.config.checks import FILE_NAME, Line, Names, ordered, rising, unique
+from rtshpc.core.config.checks import FILE_NAME, SHA256, Binds, Line, Names, ordered, rising, unique
 from rtshpc.core.config.data import DataConfig
 from rtshpc.core.config.explain import show
 from rtshpc.core.config.model import ModelConfig
@@ -111,7 +111,7 @@ class PretrainConfig(TrainConfig):
 
     modalities: Names = doc("modalities to pretrain; empty = all of the data", ())
     init: str = doc("weights to start from: none, or a file, relative to the current folder (docs/weights.md)", NO_FILE)
-    init_sha256: str = doc("what that file must be; empty = the plan fills it in", "", pattern=r"^([0-9a-f]{64})?$")
+    init_sha256: str = doc("what that file must be; empty = the plan fills it in", "", pattern=SHA256)
 
     @model_validator(mode="after")
     def _init_is_a_file(self) -> PretrainConfig:
@@ -182,8 +182,19 @@ class SiteConfig(Section):
     submit_limit: int = doc("jobs a user may have in the queue, array elements counted; 0 = no limit", 0, ge=0)
     modules: tuple[Line, ...] = doc("environment modules that a job loads, on the host", ())
     network_interface: Line = doc("interface for NCCL and GLOO, e.g. ib0; empty = their choice", "")
-    image: str = doc("Apptainer image the tasks run in; empty = this environment", "")
-    binds: tuple[str, ...] = doc("paths bound into the image", ())
+    image: str = doc("Apptainer image (.sif) the tasks run in; empty = this environment", "")
+    image_sha256: str = doc("what that file must be; empty = any, and records say which", "", pattern=SHA256)
+    binds: Binds = doc(
+        'folders seen in the image besides those a task is known to use: "SOURCE[:DESTINATION[:ro]]"', ()
+    )
+    dev_bind: str = doc("clone whose code runs in place of the image's own; every record says so", "")
+
+    @model_validator(mode="after")
+    def _of_an_image(self) -> SiteConfig:
+        for key in ("image_sha256", "dev_bind"):
+            if getattr(self, key) and not self.image:
+                raise ValueError(f"{key} is given without image")
+        return self
 
 
 class RunConfig(Section):
