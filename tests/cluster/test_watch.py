@@ -1,0 +1,217 @@
+"""What happened to a run, told on a real Slurm: waiting, running, cancelled, retried, paid for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT, Login
+from .lab import NODES, Lab, wait_for
+
+
+class Watch:
+    """Commands about one run, without its sweep."""
+
+    def __init__(self, login: Login) -> None:
+        self.login, self.lab, self.run = login, login.lab, str(login.runs / "tiny")
+
+    def __call__(self, command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "rtshpc.launch", command, self.run, *arguments],
+            cwd=ROOT,
+            env=self.lab.environment | {"PYTHONPATH": str(ROOT)} | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def told(self, command: str, *arguments: str, **environment: str) -> Any:
+        answer = self(command, *arguments, "--json", **environment)
+        assert answer.returncode == 0, answer.stderr
+        return json.loads(answer.stdout)
+
+    def states(self) -> dict[str, str]:
+        return {cell["label"]: cell["state"] for cell in self.told("status")["cells"]}
+
+
+@pytest.fixture
+def watch(login: Login) -> Watch:
+    return Watch(login)
+
+
+@pytest.fixture
+def full(lab: Lab) -> Generator[None]:
+    """No node takes a job while the test goes on."""
+    lab("scontrol", "update", f"NodeName={','.join(NODES)}", "State=DRAIN", "Reason=test")
+    yield
+    lab("scontrol", "update", f"NodeName={','.join(NODES)}", "State=RESUME")
+
+
+def without(folder: Path, *programs: str) -> str:
+    """A PATH on which only these of Slurm's programs are."""
+    folder.mkdir(exist_ok=True)
+    for name in programs:
+        found = subprocess.run(["which", name], capture_output=True, text=True, check=True).stdout.strip()
+        (folder / name).symlink_to(found)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("full")
+def test_waiting_cells_say_why_a_second_launcher_leaves_them_and_cancel_takes_along_what_builds_on_them(
+    watch: Watch, tmp_path: Path
+) -> None:
+    sent = watch.login("sweep", "--site", "lab")
+    assert sent.returncode == 0, sent.stderr
+    cells = watch.told("status")["cells"]
+    assert {cell["state"] for cell in cells} == {"submitted"}
+    reasons = {cell["stage"]: cell["reason"] for cell in cells}
+    assert "waits for the cells it builds on (Dependency)" in reasons["gather"]
+    assert all(cell["limit_seconds"] == 600 and cell["job"] for cell in cells)
+    again = watch.login("sweep", "--site", "lab")
+    assert f"0 cells submitted, {len(cells)} are with Slurm already" in again.stdout
+    assert len(watch.lab.queue()) == len(cells)
+
+    silent = watch.told("status", PATH=without(tmp_path / "bin"))
+    assert silent["slurm"] == "silent" and {cell["state"] for cell in silent["cells"]} == {"unknown"}
+
+    trained = next(cell for cell in cells if cell["stage"] == "pretrain")
+    answer = watch("cancel", trained["id"])
+    assert f"job {trained['job']} cancelled" in answer.stdout and "with it goes evaluate" in answer.stdout
+    assert watch.states()[trained["label"]] == "cancelled"
+    lost = [label for label, state in watch.states().items() if state == "blocked"]
+    assert any(label.startswith("finetune") for label in lost) and any(label.startswith("evaluate") for label in lost)
+    refused = watch("retry", "--oom")
+    assert refused.returncode == 2 and "no cell that could run again is oom" in refused.stderr
+    back = watch("retry", "--failed")
+    assert f"{1 + len(lost)} cells submitted" in back.stdout, back.stdout + back.stderr
+    assert set(watch.states().values()) == {"submitted"}
+    assert f"{len(cells)} jobs cancelled" in watch("cancel").stdout
+    wait_for("all are gone", lambda: not watch.lab.queue())
+    assert set(watch.states().values()) <= {"cancelled", "blocked"}
+
+
+@pytest.mark.slow
+def test_a_run_is_told_and_paid_for_without_accounting(watch: Watch) -> None:
+    assert watch.login("sweep", "--site", "lab", "--until", "gather").returncode == 0
+    follow = watch("logs", "gather", "-f")
+    assert follow.returncode == 0 and "gather done in" in follow.stdout
+    watch.lab.wait_until_empty(60)
+    assert watch.told("status")["finished"]
+    paid = watch.told("usage")
+    assert (paid["source"], paid["total"]["attempts"]) == ("own books", 2)
+    assert 0 < paid["total"]["cpu_hours"] == pytest.approx(paid["by_end"]["done"])
+    assert all(stage["memory_peak_bytes"] > 1 << 24 and stage["cpu_share"] > 0 for stage in paid["stages"])
+    assert paid["total"]["memory_asked_bytes"] == 3 << 30
+    assert "Slurm's accounting" not in watch("usage").stdout
+
+
+HAND = "my $HOME 'runs' \"x\""
+"""A folder's name in which every careless quoting would fail."""
+
+
+def submit(watch: Watch, folder: Path, *line: str, **given: str) -> str:
+    """sbatch a template from a folder; the number of the job."""
+    environment = watch.lab.environment | {"PYTHONPATH": str(ROOT), "RTSHPC_PYTHON": sys.executable} | given
+    answer = subprocess.run(
+        ["sbatch", "--parsable", "--mem=2G", "--cpus-per-task=1", *line],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
+
+
+def ended(watch: Watch, job: str) -> str:
+    """State of a job, once it is over."""
+    states = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
+    wait_for(f"job {job} ends", lambda: watch.lab.job(job).get("JobState") not in states, 120)
+    return watch.lab.job(job)["JobState"]
+
+
+@pytest.mark.slow
+def test_the_templates_make_shards_and_a_training_in_a_folder_of_any_name_and_are_safe_to_submit_again(
+    login: Login, tmp_path: Path
+) -> None:
+    folder = tmp_path / HAND
+    folder.mkdir()
+    login.runs = folder / "runs"
+    watch = Watch(login)
+    assert login("sweep", "--prepare", "--until", "pretrain", "--set", "pretrain.epochs=1").returncode == 0
+    run = str(login.runs / "tiny")
+    cut = submit(watch, folder, "--array=0", str(ROOT / "slurm/preprocess.sbatch"), RTSHPC_RUN=run)
+    index = submit(
+        watch,
+        folder,
+        "--array=0",
+        f"--dependency=afterok:{cut}",
+        str(ROOT / "slurm/preprocess.sbatch"),
+        RTSHPC_RUN=run,
+        RTSHPC_STAGE="gather",
+    )
+    train = submit(
+        watch,
+        folder,
+        "--array=0-1",
+        f"--dependency=afterok:{index}",
+        str(ROOT / "slurm/pretrain.sbatch"),
+        RTSHPC_RUN=run,
+    )
+    assert ended(watch, f"{train}_0") == ended(watch, f"{train}_1") == "COMPLETED"
+    assert watch.told("status")["finished"]
+    assert watch.told("usage")["total"]["gpu_hours"] > 0
+    again = submit(watch, folder, "--array=0-1", str(ROOT / "slurm/pretrain.sbatch"), RTSHPC_RUN=run)
+    assert ended(watch, f"{again}_0") == "COMPLETED"
+    assert "done before" in (folder / f"rtshpc-train-{again}_0.out").read_text()
+
+
+@pytest.mark.full
+def test_a_template_saves_on_slurms_warning_and_queues_its_own_element_again(login: Login) -> None:
+    watch = Watch(login)
+    sets = ["--set", "pretrain.epochs=20", "--set", "pretrain.checkpoint_seconds=600"]
+    assert login("sweep", "--until", "gather", "--site", "local", *sets).returncode == 0
+    assert login("sweep", "--prepare", "--until", "pretrain", *sets).returncode == 0
+    script = str(ROOT / "slurm/pretrain.sbatch")
+    job = submit(watch, login.runs.parent, "--array=0", script, RTSHPC_RUN=watch.run, RTSHPC_ATTEMPTS="1")
+    cell = next(cell for cell in watch.told("status")["cells"] if cell["stage"] == "pretrain")
+    folder = login.runs / "tiny" / "cells" / cell["id"]
+    wait_for(
+        "it trains", lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0, 60
+    )
+    watch.lab("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    wait_for("it is in the queue again", lambda: watch.lab.job(f"{job}_0").get("Restarts") == "1", 60)
+    assert (folder / "checkpoints" / "last.pt").exists()
+    assert json.loads((folder / "spent.jsonl").read_text().splitlines()[0])["how"] == "stopped"
+    assert ended(watch, f"{job}_0") == "COMPLETED"
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["attempts"], record["results"]["resumed"]) == (2, 1)
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_a_real_cluster_well_and_names_what_it_would_refuse(watch: Watch, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "rtshpc.launch", "doctor", "--runs", str(tmp_path), "--json", "--site"]
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("{base: lab, partition: a100, gpu_type: a5000, minutes: 2000}")
+    found: list[dict[str, str]] = []
+    for site in ("lab", str(bad)):
+        environment = watch.lab.environment | {"PYTHONPATH": str(ROOT)}
+        answer = subprocess.run([*line, site], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        found.append({one["name"]: f"{one['state']} {one['found']}" for one in json.loads(answer.stdout)})
+        assert answer.returncode == (site != "lab")
+    good, refused = found
+    assert not [one for one in good.values() if one.startswith("bad")]
+    assert good["request of pretrain"].startswith("ok accepted: would start at")
+    assert good["cluster clock"] == good["file clock"] == "ok agrees with this node's"
+    assert refused["time limit"] == "bad site.minutes = 2000, a100 allows 1440"
+    assert refused["nodes"].startswith("bad none of 2 in a100 can hold a task: GPUs gpu:a100:4")
+    assert refused["request of pretrain"].startswith("bad refused: ")
