@@ -30,6 +30,9 @@ OUT_OF_MEMORY = "OutOfMemory"
 LOG_TAIL = 1 << 16
 """Bytes at a log's end in which Slurm's last words are looked for."""
 
+BEGINNING = b"Starting with JobEnvironment("
+"""What Submitit writes first."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -41,6 +44,7 @@ class Ended:
         number: of the attempt in its job, from 1.
         advanced: whether it saved something to go on from.
         out_of_memory: whether Slurm says that memory ran out.
+        timed_out: whether Slurm says that it ended the job at its time limit.
         explained: whether the task has written down why it failed.
         taken: whether the job is over for Slurm already: its user cancelled it, or Slurm queues it again itself.
     """
@@ -49,7 +53,8 @@ class Ended:
     seconds: int
     number: int
     advanced: bool
-    out_of_memory: bool
+    out_of_memory: bool = False
+    timed_out: bool = False
     explained: bool = False
     taken: bool = False
 
@@ -80,8 +85,8 @@ def judge(ended: Ended, site: SiteConfig) -> Verdict:
     if not (ended.told or ended.killed):
         return Verdict(False) if ended.explained else _failed(ended.code)
     how = "was told to stop" if ended.told else "was killed (SIGKILL)"
-    late = ended.seconds >= site.minutes * 60 - site.warn_seconds - EARLY_SECONDS
-    if ended.taken and not late:
+    late = ended.timed_out or ended.seconds >= site.minutes * 60 - site.warn_seconds - EARLY_SECONDS
+    if ended.taken and not ended.timed_out:
         return Verdict(False, "Taken")
     if late and not ended.advanced:
         why = f"the time limit came before the first checkpoint of this attempt; site.minutes = {site.minutes}"
@@ -112,12 +117,15 @@ def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]
     paths = RunPaths(Path(run_dir))
     site, cell = read_run_config(paths.config)[0].site, paths.cell(task)
     number = attempt_number(environment)
+    words = last_words(place.stdout)
     ended = Ended(
         code=code,
         seconds=seconds,
         number=number,
         advanced=advanced(cell),
-        out_of_memory=out_of_memory(place.stdout),
+        # Slurm's own spelling: torch writes of memory in small letters.
+        out_of_memory=b"oom-kill event" in words or b"Out Of Memory" in words,
+        timed_out=b"DUE TO TIME LIMIT" in words,
         explained=cell.failure.exists(),
         taken=taken_away(job),
     )
@@ -154,15 +162,14 @@ def advanced(cell: CellPaths) -> bool:
     return max(saved, default=0) > started
 
 
-def out_of_memory(log: Path) -> bool:
-    """Whether Slurm's last words in a log are about memory."""
+def last_words(log: Path) -> bytes:
+    """What the end of a log says of its last attempt; the attempts of a job share it."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_TAIL))
-            tail = file.read()
+            return file.read().rpartition(BEGINNING)[2]
     except OSError:
-        return False
-    return b"oom-kill event" in tail or b"Out Of Memory" in tail  # torch writes its own in small letters
+        return b""
 
 
 def taken_away(job: str) -> bool:

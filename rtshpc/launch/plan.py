@@ -189,10 +189,11 @@ class _Arranger:
         for stage in STAGES:
             cells = [cell for cell in todo if cell.stage == stage and cell.id not in queued]
             if stage == "summarise":
+                # One that is queued already does not know of what is submitted now: another comes after it.
+                cells = [cell for cell in todo if cell.stage == stage] if self.arrays else cells
                 everything = [(array.number, None) for array in self.arrays]
-                self._add(
-                    cells, "afterany", [*everything, *((job, None) for job, _ in map(_job_link, queued.values()))]
-                )
+                before = [(_job_link(job)[0], None) for job in queued.values()]
+                self._add(cells, "afterany", [*everything, *before])
             elif stage == "gather":
                 whole = [(self._place[need][0], None) for cell in cells for need in self._needs(cell)]
                 self._add(cells, "afterany", whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,7 +209,7 @@ def submit_arrays(plan: Plan, ledger: Ledger) -> Submission:
     states = slurm_states([known[name] for name in todo if name in known])
     if states is None:
         raise RunError("squeue cannot be asked which jobs of this run are still there; try again later")
-    queued = {name: known[name] for name in todo if known.get(name) in states}
+    queued = _living(plan.todo, {name: known[name] for name in todo if known.get(name) in states})
     room = _room(site)
     jobs: dict[int, str] = {}
     sent: list[Cell] = []
@@ -224,7 +224,17 @@ def submit_arrays(plan: Plan, ledger: Ledger) -> Submission:
             break
     handed = {cell.id for cell in sent}
     held_back = [cell for cell in todo.values() if cell.id not in handed and cell.id not in queued]
-    return Submission(tuple(sent), tuple(todo[name] for name in queued), tuple(held_back))
+    return Submission(tuple(sent), tuple(todo[name] for name in queued if name not in handed), tuple(held_back))
+
+
+def _living(todo: Sequence[Cell], queued: Mapping[str, str]) -> dict[str, str]:
+    """Queued jobs that can still begin: Slurm drops those that wait for a cell that ended and is not done, but not at once."""
+    living: dict[str, str] = {}
+    wanted = {cell.id for cell in todo}
+    for cell in todo:
+        if cell.id in queued and all(need in living for need in cell.needs if need in wanted):
+            living[cell.id] = queued[cell.id]
+    return living
 
 
 def _room(site: SiteConfig) -> int | None:

@@ -58,7 +58,7 @@ JobRequeue=1
 ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=10
-KillWait=5
+KillWait=30
 MinJobAge=86400
 MaxArraySize=1001
 MaxJobCount=20000
@@ -194,6 +194,10 @@ class Lab:
     def node_crash(self, name: str) -> None:
         """Kill a node with all that runs on it; the controller misses it after its SlurmdTimeout."""
         _stop([self._pid(f"node.{name}")], signal.SIGKILL)
+
+    def up_nodes(self) -> set[str]:
+        """Nodes that the controller has not missed."""
+        return set(self("sinfo", "-h", "-N", "-r", "-o", "%N").split())
 
     def idle_nodes(self) -> set[str]:
         """Nodes without a job, and up."""

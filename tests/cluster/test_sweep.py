@@ -12,7 +12,7 @@ from rtshpc.core.records import read_lines
 from .conftest import Login
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_goes_through_slurm_from_scenes_to_report_and_a_second_one_finds_nothing_to_do(login: Login) -> None:
     answer = login("sweep", "--site", "lab")
     assert answer.returncode == 0, answer.stderr

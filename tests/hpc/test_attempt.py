@@ -14,19 +14,15 @@ from rtshpc.core.errors import STOPPED
 from rtshpc.core.load import load_run, write_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import append_line, read_json
-from rtshpc.hpc.attempt import OUT_OF_MEMORY, Ended, Verdict, advanced, job_name, judge, main, out_of_memory
+from rtshpc.hpc.attempt import OUT_OF_MEMORY, Ended, Verdict, advanced, job_name, judge, last_words, main
 from rtshpc.hpc.executor import become
 
 SITE = SiteConfig(executor="slurm", minutes=60, warn_seconds=60, max_attempts=3, memory_gb=8)
 KILLED, TOLD = 128 + signal.SIGKILL, 128 + signal.SIGTERM
 
 
-def ended(code: int, seconds: int = 10, number: int = 1, saved: bool = False, oom: bool = False) -> Ended:
-    return Ended(code, seconds, number, saved, oom)
-
-
-def explained(code: int) -> Ended:
-    return Ended(code, 10, 1, False, False, explained=True)
+def ended(code: int, seconds: int = 10, number: int = 1, advanced: bool = False, **facts: bool) -> Ended:
+    return Ended(code, seconds, number, advanced, **facts)
 
 
 @pytest.mark.parametrize("code", [STOPPED, TOLD, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2, KILLED])
@@ -39,7 +35,7 @@ def test_what_was_told_to_stop_or_killed_is_tried_again_until_the_attempts_are_u
 
 @pytest.mark.parametrize("code", [1, 2, 126, 255, 128 + signal.SIGSEGV])
 def test_a_task_that_failed_is_not_tried_again_and_named_where_it_could_not_name_itself(code: int) -> None:
-    assert judge(explained(code), SITE) == Verdict(False)
+    assert judge(ended(code, explained=True), SITE) == Verdict(False)
     verdict = judge(ended(code), SITE)
     assert (verdict.again, verdict.kind) == (False, "Died")
     assert ("SIGSEGV" if code == 139 else f"exit code {code}") in verdict.why
@@ -47,15 +43,21 @@ def test_a_task_that_failed_is_not_tried_again_and_named_where_it_could_not_name
 
 def test_a_time_limit_is_tried_again_only_if_the_checkpoint_advanced() -> None:
     late = SITE.minutes * 60 - 100
-    assert judge(ended(STOPPED, late, saved=True), SITE).again
-    stuck = judge(ended(STOPPED, late, saved=False), SITE)
+    assert judge(ended(STOPPED, late, advanced=True), SITE).again
+    stuck = judge(ended(STOPPED, late, advanced=False), SITE)
     assert (stuck.again, stuck.kind) == (False, "TimeLimit")
     assert "site.minutes = 60 is too short" in stuck.why
-    assert judge(ended(STOPPED, late - 200, saved=False), SITE).again
+    assert judge(ended(STOPPED, late - 200, advanced=False), SITE).again
+
+
+def test_a_job_that_is_over_for_slurm_is_left_so_unless_its_time_limit_ended_it() -> None:
+    assert judge(ended(STOPPED, advanced=True, taken=True), SITE) == Verdict(False, "Taken")
+    assert judge(ended(STOPPED, advanced=True, taken=True, timed_out=True), SITE).again
+    assert judge(ended(TOLD, taken=True, timed_out=True), SITE).kind == "TimeLimit"
 
 
 def test_memory_that_ran_out_is_named_and_not_tried_again_unchanged() -> None:
-    verdict = judge(ended(KILLED, oom=True), SITE)
+    verdict = judge(ended(KILLED, out_of_memory=True), SITE)
     assert (verdict.again, verdict.kind, "site.memory_gb = 8" in verdict.why) == (False, OUT_OF_MEMORY, True)
 
 
@@ -81,13 +83,13 @@ def test_a_checkpoint_or_journal_counts_when_it_is_younger_than_the_attempt(tmp_
         os.utime(saved, ns=(10, 10))
 
 
-def test_slurms_word_for_memory_is_told_from_torchs(tmp_path: Path) -> None:
+def test_only_the_last_attempts_words_count(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert not out_of_memory(log)
-    log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
-    assert not out_of_memory(log)
-    log.write_text("x" * 100_000 + "\nslurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0.\n")
-    assert out_of_memory(log)
+    assert last_words(log) == b""
+    log.write_text("INFO - Starting with JobEnvironment(job_id=1)\nfirst\n")
+    assert b"first" in last_words(log)
+    log.write_text(log.read_text() + "x" * 100_000 + "INFO - Starting with JobEnvironment(job_id=1)\nsecond\n")
+    assert last_words(log) == b"job_id=1)\nsecond\n"
 
 
 def test_an_element_is_never_named_by_a_number_that_could_mean_its_array() -> None:

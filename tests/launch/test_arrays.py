@@ -118,6 +118,19 @@ def test_what_slurm_has_already_is_waited_for_by_its_number_and_not_submitted_ag
     }
 
 
+def test_a_summary_in_the_queue_is_left_alone_until_something_is_submitted_that_it_does_not_wait_for(
+    launcher: Launcher,
+) -> None:
+    plan = plan_of(launcher)
+    everything = {cell.id: str(number) for number, cell in enumerate(plan.todo)}
+    assert arrays(plan.todo, everything, 1000) == []
+    lost = next(cell for cell in plan.todo if cell.stage == "evaluate")
+    rest = {name: job for name, job in everything.items() if name != lost.id}
+    again, summary = arrays(plan.todo, rest, 1000)
+    assert (again.cells, summary.stage) == ((lost,), "summarise")
+    assert set(summary.dependency({0: "new"}).split(":")) == {"afterany", "new", *rest.values()}
+
+
 def test_evaluations_of_a_part_of_an_array_still_pair_with_its_elements(launcher: Launcher) -> None:
     plan = plan_of(launcher, "grid.seed=[0, 1, 2]", "finetune.backbones=full")
     first = next(cell for cell in plan.todo if cell.stage == "finetune")
