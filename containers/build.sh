@@ -102,7 +102,8 @@ copy_detectron2() { # FOLDER SOURCE: the package detectron2 in FOLDER.
     git -C "$source" checkout --quiet FETCH_HEAD
   fi
   [[ -f $source/detectron2/__init__.py ]] || die "--detectron2 $2: holds no package detectron2"
-  cp -R "$source/detectron2" "$1/"
+  # What was compiled there fits that machine's torch; we use the Python part alone.
+  tar -C "$source" --exclude='*.so' --exclude=__pycache__ -cf - detectron2 | tar -C "$1" -xf -
 }
 
 copy_certificates() { # FILE: whom this machine trusts, for pip behind a network that reads along; or nothing.

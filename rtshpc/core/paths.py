@@ -8,6 +8,9 @@ from pathlib import Path
 
 from rtshpc.core.errors import RunError
 
+COMMIT_FILE = "COMMIT"
+"""Beside the code in an image: the commit it was built from."""
+
 
 @dataclass(frozen=True)
 class CellPaths:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from rtshpc.core.errors import RunError
+from rtshpc.core.paths import COMMIT_FILE
 
 if TYPE_CHECKING:
     from rtshpc.core.config import SiteConfig
@@ -27,9 +28,6 @@ PROGRAM = "apptainer"
 
 SOURCE = "/opt/rtshpc/src"
 """Where the code lies in the image; `site.dev_bind` puts a clone over it."""
-
-COMMIT_FILE = "COMMIT"
-"""Beside the code in the image: the commit it was built from."""
 
 VERSIONS_LABEL = "rtshpc.result_versions"
 COMMIT_LABEL = "rtshpc.commit"

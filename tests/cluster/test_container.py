@@ -53,7 +53,7 @@ def shards(paths: RunPaths) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in paths.shards.glob("*.h5")}
 
 
-def test_a_sweep_runs_in_the_image_wherever_it_lies_and_every_record_names_it(
+def test_a_sweep_runs_in_the_image_wherever_it_lies_every_record_names_it_and_it_may_be_gone_later(
     image: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "a b, $HOME:c"
@@ -79,6 +79,9 @@ def test_a_sweep_runs_in_the_image_wherever_it_lies_and_every_record_names_it(
         assert f"Python {facts['python']}" == inside.stdout.strip()
         assert facts["commit"] == facts["image"]["commit"] == image_labels(moved)["rtshpc.commit"]
         assert "dev_bind" not in facts["image"]
+    moved.unlink()
+    later = launcher.run("sweep", *TO_SHARDS)
+    assert (later.returncode, "nothing to do" in later.stdout) == (0, True), later.stdout + later.stderr
     here = Launcher(tmp_path)
     assert here.run("sweep", *TO_SHARDS, **os.environ).returncode == 0
     assert shards(paths) == shards(RunPaths(here.runs / "small")) != {}
