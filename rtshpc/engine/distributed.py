@@ -20,6 +20,7 @@ from torch import Tensor, multiprocessing as mp, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RunError
+from rtshpc.hpc.site import Place, place_in_step
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: a validation or a checkpoint on a slow disk is no hang."""
@@ -150,10 +151,15 @@ Work = Callable[..., Any]
 def run_group(work: Work, processes: int, device: str, arguments: tuple[Any, ...]) -> Any:
     """Run `work` in `processes` processes on this machine and give what the first returns.
 
+    A task of a Slurm step that trains over several of them is one of the processes itself, and `processes` has no say.
+
     Raises:
         RunError: a process died.
         Preempted: a stop signal came and the work ended on it.
     """
+    own = place_in_step()
+    if own is not None:
+        return _join(own, work, device, arguments)
     if processes == 1:
         return work(Group(0, 1, choose_device(device)), *arguments)
     choose_device(device, processes - 1)
@@ -181,6 +187,21 @@ def run_group(work: Work, processes: int, device: str, arguments: tuple[Any, ...
         if not result.exists():
             raise Preempted
         return torch.load(result, weights_only=True)
+
+
+def _join(own: Place, work: Work, device: str, arguments: tuple[Any, ...]) -> Any:
+    """Work as one task of a Slurm step: one process a GPU, over any number of nodes."""
+    chosen = choose_device(device, own.local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=own.meeting, rank=own.rank, world_size=own.size, timeout=TIMEOUT)
+    try:
+        result = work(Group(own.rank, own.size, chosen), *arguments)
+        dist.barrier()
+        return result
+    finally:
+        dist.destroy_process_group()
 
 
 def _first_cause(folder: Path, exit_codes: Sequence[int | None], error: Exception) -> str:

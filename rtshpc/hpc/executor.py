@@ -23,6 +23,7 @@ from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RtshpcError, RunError, sys
 from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths, make_private, write_alone
 from rtshpc.core.records import write_json
+from rtshpc.hpc.accounting import ask_queue
 from rtshpc.hpc.attempt import attempt_number
 from rtshpc.hpc.container import command, refuse_image, refuse_start
 from rtshpc.hpc.sbatch import parameters
@@ -184,18 +185,8 @@ def stop(jobs: Sequence[Job]) -> None:
 
 def slurm_states(ids: Sequence[str]) -> dict[str, str] | None:
     """State of the jobs that Slurm still holds (`PENDING`, ...); None when it cannot be asked."""
-    if not ids:
-        return {}
-    wanted = ",".join(sorted({job.partition("_")[0] for job in ids}))
-    asked = ["squeue", "--noheader", "--array", "--format=%i %T", "--jobs", wanted]
-    try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if answer.returncode and "Invalid job id" not in answer.stderr:
-        return None
-    rows = [line.split() for line in answer.stdout.splitlines()]
-    return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in set(ids)}
+    queue = ask_queue(ids)
+    return None if queue is None else {job: found.state for job, found in queue.items() if found.held}
 
 
 def queue_length() -> int | None:

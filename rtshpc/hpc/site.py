@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,3 +86,32 @@ def code_version(clone: Path | None = None) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return rtshpc.__version__
     return answer.stdout.strip() or rtshpc.__version__
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the tasks of a Slurm step that train together.
+
+    Attributes:
+        rank: number of the task; 0 writes the files.
+        size: tasks of the step.
+        local: number of the task on its node, and of its GPU.
+        meeting: where they meet, `tcp://HOST:PORT`.
+    """
+
+    rank: int
+    size: int
+    local: int
+    meeting: str
+
+
+def place_in_step(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Where this process stands in a training over several tasks; None where it trains alone.
+
+    The batch script says where the tasks meet (MASTER_ADDR, MASTER_PORT): without that, tasks of one step are strangers.
+    """
+    size, address, port = (environment.get(name) for name in ("SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT"))
+    if not (address and port and size and int(size) > 1):
+        return None
+    rank, local = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+    return Place(rank, int(size), local, f"tcp://{address}:{port}")

@@ -24,11 +24,11 @@ from rtshpc.core.errors import STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError,
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import Progress, Record, read_plan, write_json, write_record
+from rtshpc.core.records import SILENT, Progress, Record, read_plan, write_json, write_record
 from rtshpc.hpc import books
 from rtshpc.hpc.attempt import OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
-from rtshpc.hpc.site import code_version, cpu_model
+from rtshpc.hpc.site import code_version, cpu_model, place_in_step
 
 LOCK_SECONDS = 30.0
 """How long an attempt waits for another one on the same cell to end, e.g. of a launcher just killed."""
@@ -61,6 +61,9 @@ def run(stage: str, run_dir: Path, task: str) -> int:
         raise RunError(f"{folder.config}: cell {cell.id} is of stage {cell.stage}, not {stage}")
     _end_when_told()
     _watch_launcher()
+    own = place_in_step()
+    if own is not None and own.rank > 0:
+        return _follow(cell, paths)
     with _locked(folder):
         if finished(cell, paths) is not None:
             print(f"{cell.label}: done before")
@@ -79,6 +82,19 @@ def find_cell(paths: RunPaths, stage: str, task: str) -> str:
     if task.isascii() and task.isdecimal() and int(task) < len(known):
         return known[int(task)]
     raise RunError(f"{paths.root}: no task {task} of {stage}; it has {len(known)}.{guess(task, known)}")
+
+
+def _follow(cell: Cell, paths: RunPaths) -> int:
+    """Train along with the first task of this step, which holds the cell and writes all there is to write."""
+    if cell.stage not in ("pretrain", "finetune") or finished(cell, paths) is not None:
+        return 0
+    _set_threads(cell)
+    try:
+        importlib.import_module(f"rtshpc.stages.{cell.stage}").run(cell, paths, SILENT)
+    except Exception as error:
+        print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:

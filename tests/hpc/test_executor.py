@@ -27,7 +27,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Programs by the names of Slurm's that keep what they are given: what would be submitted can be read."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in {"sbatch": SBATCH, "srun": "#!/bin/sh\n", "squeue": "#!/bin/sh\necho '41_0 RUNNING'\n"}.items():
+    for name, text in {
+        "sbatch": SBATCH,
+        "srun": "#!/bin/sh\n",
+        "squeue": "#!/bin/sh\necho '41_0|RUNNING|None|N/A|0:01|1:00|n'\n",
+    }.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")

@@ -20,6 +20,7 @@ MODALITY_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 Line = Annotated[str, Field(pattern=r"^[ -~]*$")]
 """Text for one line of a batch script: a line break would begin a command."""
+
 SHA256 = r"^([0-9a-f]{64})?$"
 """A checksum, or nothing."""
 

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from rtshpc.hpc.site import Place, place_in_step
+
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "20007"}
+
+
+def test_tasks_of_a_step_train_together_only_where_the_batch_script_says_where_they_meet() -> None:
+    assert place_in_step(STEP | MEETING) == Place(3, 4, 1, "tcp://n1:20007")
+    assert place_in_step(STEP) is None
+    assert place_in_step(MEETING | {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None
+    assert place_in_step(STEP | MEETING | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert place_in_step({}) is None
