@@ -165,6 +165,8 @@ def test_a_retry_takes_the_kinds_asked_for_and_what_builds_on_them(plan: Plan, p
     other = next(cell for cell in plan.cells if cell.stage == "pretrain" and cell != trained)
     assert choose(plan.paths, ["missing"]) >= {gone.id, other.id}
     assert small.id not in choose(plan.paths, ["missing"])
+    queue(programs, f"{job_of(plan, trained)}|PENDING|Priority|N/A|0:00|8:00:00|")
+    assert choose(plan.paths, ["oom"]) == {small.id, trained.id, summary}
     finish(plan, small)
     with pytest.raises(RunError, match="no cell that could run again is oom"):
         choose(plan.paths, ["oom"])
