@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(LOCK)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full check image lock apt clean help
+.PHONY: demo test test-full check image lock apt apt-full clean help
 
 help:
 	@echo "make demo       the main job on this machine: generated scenes to a report (under 8 minutes on 2 cores)"
@@ -42,6 +42,11 @@ debian = if ! command -v $(1) >/dev/null && [ "$$(id -u)" = 0 ] && command -v ap
 apt:
 	@$(call debian,chromium,chromium,the browser tests)
 	@$(call debian,slurmctld,--no-install-recommends slurmctld slurmd slurm-client,the cluster tests)
+	@$(call debian,shellcheck,--no-install-recommends shellcheck,the check of the batch templates)
+
+# A database for the cluster's accounting.
+apt-full: apt
+	@$(call debian,slurmdbd,--no-install-recommends slurmdbd mariadb-server,the accounting test)
 
 demo: $(STAMP)
 	$(BIN)/python -m rtshpc.launch sweep demo
@@ -57,7 +62,7 @@ test: check apt
 	$(BIN)/python -m pytest -m "not slow and not full" --ignore tests/house
 	$(BIN)/python -m pytest -m "slow and not full" -rs
 
-test-full: check apt
+test-full: check apt-full
 	$(BIN)/python -m pytest -m "not slow and not full" --ignore tests/house
 	$(BIN)/python -m pytest -m "slow or full" -rs
 

@@ -14,7 +14,7 @@ from rtshpc.core.errors import RunError
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import write_json
 from rtshpc.hpc.accounting import ask_queue
-from rtshpc.launch.status import CANCELLED, LOST_CELL, is_locked, read_ledger, read_plan, run_status
+from rtshpc.launch.status import CANCELLED, HELD_CELL, LOST_CELL, is_locked, read_ledger, read_plan, run_status
 from rtshpc.launch.submit import launcher_lock
 
 POLL_SECONDS = 0.5
@@ -43,7 +43,7 @@ def follow_log(paths: RunPaths, cell_id: str, say: Callable[..., None]) -> None:
         over = False
         if time.monotonic() - asked >= ASK_SECONDS:
             row = next(row for row in run_status(paths)["cells"] if row["id"] == cell_id)
-            over = row["state"] not in ("running", "submitted", "unknown")
+            over = row["state"] not in HELD_CELL
             if path is None and _log_path(paths, cell_id) is None:
                 say(f"{row['label']}: {row['state']}{': ' + row['reason'] if row['reason'] else ''}", err=True)
             asked = time.monotonic()
@@ -76,27 +76,34 @@ def cancel_jobs(paths: RunPaths, only: str | None = None) -> list[str]:
     labels = {str(cell["id"]): str(cell["label"]) for cell in read_plan(paths)["cells"]}
     wanted = list(labels) if only is None else [only, *_dependents(paths, only)]
     with launcher_lock(paths):
-        jobs = {str(row["cell"]): str(row["job"]) for row in read_ledger(paths) if row.get("executor") == "slurm"}
-        queue = ask_queue(jobs[name] for name in wanted if name in jobs)
+        jobs: dict[str, list[str]] = {}
+        for row in read_ledger(paths):  # the summary may have several
+            if row.get("executor") == "slurm" and row["cell"] in wanted:
+                jobs.setdefault(str(row["cell"]), []).append(str(row["job"]))
+        queue = ask_queue(job for several in jobs.values() for job in several)
         if queue is None:
             raise RunError(f"{paths.root}: squeue cannot be asked which jobs are there; try again later")
-        held = [name for name in wanted if name in jobs and jobs[name] in queue and queue[jobs[name]].held]
-        for first in range(0, len(held), AT_ONCE):
-            # The last first: what builds on a cell must not start because that is gone.
-            _scancel([jobs[name] for name in held[::-1][first : first + AT_ONCE]])
-        for name in held if only is None else [name for name in held if name == only]:
-            when = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json(paths.cell(name).failure, {"error": f"cancelled {when}", "kind": CANCELLED, "traceback": ""})
+        held = {name: [job for job in jobs.get(name, ()) if job in queue and queue[job].held] for name in wanted}
+        # The last first: what builds on a cell must not start because that is gone.
+        ending = [job for several in held.values() for job in several][::-1]
+        for first in range(0, len(ending), AT_ONCE):
+            _scancel(ending[first : first + AT_ONCE])
+        for name in held if only is None else [only]:
+            if held[name]:
+                facts = {"error": f"cancelled {datetime.now(UTC).isoformat(timespec='seconds')}", "kind": CANCELLED}
+                write_json(paths.cell(name).failure, {**facts, "traceback": ""})
     if only is None:
-        return [f"{paths.root}: {len(held)} jobs cancelled; `retry` goes on from what was saved"]
-    if only not in held:
+        return [f"{paths.root}: {len(ending)} jobs cancelled; `retry` goes on from what was saved"]
+    if not held[only]:
         return [f"{labels[only]}: Slurm has no job of it"]
-    told = [f"{labels[only]}: job {jobs[only]} cancelled"]
-    return told + [f"  with it goes {labels[name]} (job {jobs[name]})" for name in held if name != only]
+    told = [f"{labels[only]}: job {', '.join(held[only])} cancelled"]
+    return told + [
+        f"  with it goes {labels[name]} (job {', '.join(held[name])})" for name in held if held[name] and name != only
+    ]
 
 
 def choose(paths: RunPaths, wanted: Collection[str]) -> frozenset[str]:
-    """Ids of the cells that a retry of some kinds of cells takes: those, and what builds on them.
+    """Ids of the cells that a retry of some kinds of cells has to do with: those, what builds on them, what Slurm has.
 
     Args:
         paths: the run.
@@ -116,7 +123,9 @@ def choose(paths: RunPaths, wanted: Collection[str]) -> frozenset[str]:
             chosen.discard(name)
     if not asked.intersection(chosen):
         raise RunError(f"{paths.root}: no cell that could run again is {' or '.join(sorted(wanted))}; see `status`")
-    return frozenset(chosen | {name for name, row in rows.items() if row["stage"] == "summarise"})
+    # What Slurm has is left alone, and must be known to what is to wait for it.
+    along = {name for name, row in rows.items() if row["stage"] == "summarise" or row["state"] in HELD_CELL}
+    return frozenset(chosen | along)
 
 
 def _kinds(row: Mapping[str, Any]) -> set[str]:

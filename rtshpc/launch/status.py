@@ -32,6 +32,9 @@ was, by somebody; `blocked`: it builds on a failed or cancelled cell; `waiting`:
 LOST_CELL = ("failed", "cancelled", "blocked")
 """States of a cell that nothing can be built on."""
 
+HELD_CELL = ("running", "submitted", "unknown")
+"""States of a cell that is being worked on, as far as one can tell."""
+
 OOM_KINDS = ("OutOfMemoryError", "MemoryError", "OutOfMemory", OUT_OF_MEMORY)
 """Kinds of failure that mean too little memory: torch's, Python's, the batch script's and Slurm's."""
 

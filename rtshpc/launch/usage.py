@@ -9,6 +9,7 @@ from typing import Any
 
 from rtshpc.core.cell import STAGES
 from rtshpc.core.grid import valid_record
+from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_record
 from rtshpc.hpc import books
@@ -105,7 +106,7 @@ def run_usage(paths: RunPaths) -> dict[str, Any]:
     """GPU-hours, efficiency and hints of a run, from one question to sacct and every cell's attempts.
 
     Returns:
-        {run, path, source: sacct, own books, both or none, total: Efficiency, unit, by_end: {class: hours of unit}, charge,
+        {run, path, source: sacct, own books, both or none, total: Efficiency, unit, by_end: {class: hours of unit}, charge (by the site's price of a GPU-hour),
         stages: [{stage, cells, **Efficiency}], cells: [{id, label, stage, **Efficiency}], hints: [text]}; hours in h,
         memory in bytes, times in s, shares from 0 to 1, null where no books tell.
 
@@ -160,15 +161,16 @@ def _facts(
         found = together(taken)
         stages.append({"stage": stage, "cells": len(of_stage), **rounded(asdict(found))})
         hints += stage_hints(stage, found, taken)
+    total, price = together(every), read_run_config(paths.config)[0].site.charge_per_gpu_hour
     source = "both" if len(sources) > 1 else next(iter(sources), "none")
     return {
         "run": run,
         "path": str(paths.root),
         "source": source,
-        "total": rounded(asdict(together(every))),
+        "total": rounded(asdict(total)),
         "unit": "GPU-hours" if any(one.gpus for one in every) else "core-hours",
         "by_end": rounded(by_end(every)),
-        "charge": None,
+        "charge": round(price * total.gpu_hours, 4) if price else None,
         "stages": stages,
         "cells": [
             {"id": cell["id"], "label": cell["label"], "stage": cell["stage"], **rounded(asdict(together(taken)))}

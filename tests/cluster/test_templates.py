@@ -116,14 +116,15 @@ def test_two_nodes_with_two_tasks_each_train_to_the_weights_of_one_process(login
         "data.modalities={rgb: {bands: [red, green, blue]}}",
     ]
     sets += ["--set", "finetune.modalities=[rgb]", "--set", "pretrain.batch_size=4"]
+    login.runs = login.runs.parent / HAND / "runs"
     alone, together = (["--set", f"name={name}", *sets] for name in ("alone", "together"))
     assert (answer := login("sweep", "--site", "local", "--until", "pretrain", *alone)).returncode == 0, answer.stderr
     assert login("sweep", "--site", "local", "--until", "gather", *together).returncode == 0
     assert login("sweep", "--prepare", "--until", "pretrain", *together).returncode == 0
-    login_watch, run = Watch(login), login.runs / "together"
+    watch, run = Watch(login), login.runs / "together"
     wide = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", str(ROOT / "slurm/train_multinode.sbatch")]
-    job = submit(login_watch, login.runs.parent, *wide, RTSHPC_RUN=str(run), RTSHPC_INTERFACE="lo")
-    state = ended(login_watch, job)
+    job = submit(watch, login.runs.parent, *wide, RTSHPC_RUN=str(run), RTSHPC_INTERFACE="lo")
+    state = ended(watch, job)
     assert state == "COMPLETED", (login.runs.parent / f"rtshpc-multinode-{job}.out").read_text()
     one, four = weights(login.runs / "alone"), weights(run)
     assert one["model"].keys() == four["model"].keys()

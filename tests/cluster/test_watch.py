@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from .conftest import ROOT, Login
-from .lab import NODES, Lab, wait_for
+from .lab import NODES, Lab, missing, wait_for
 
 
 class Watch:
@@ -36,6 +36,9 @@ class Watch:
         answer = self(command, *arguments, "--json", **environment)
         assert answer.returncode == 0, answer.stderr
         return json.loads(answer.stdout)
+
+    def cell(self, name: str) -> dict[str, Any]:
+        return next(cell for cell in self.told("status")["cells"] if cell["id"] == name)
 
     def states(self) -> dict[str, str]:
         return {cell["label"]: cell["state"] for cell in self.told("status")["cells"]}
@@ -91,9 +94,10 @@ def test_waiting_cells_say_why_a_second_launcher_leaves_them_and_cancel_takes_al
     refused = watch("retry", "--oom")
     assert refused.returncode == 2 and "no cell that could run again is oom" in refused.stderr
     back = watch("retry", "--failed")
-    assert f"{1 + len(lost)} cells submitted" in back.stdout, back.stdout + back.stderr
+    # With the summary, which has to wait for them.
+    assert f"{2 + len(lost)} cells submitted" in back.stdout, back.stdout + back.stderr
     assert set(watch.states().values()) == {"submitted"}
-    assert f"{len(cells)} jobs cancelled" in watch("cancel").stdout
+    assert f"{len(cells) + 1} jobs cancelled" in watch("cancel").stdout
     wait_for("all are gone", lambda: not watch.lab.queue())
     assert set(watch.states().values()) <= {"cancelled", "blocked"}
 
@@ -131,3 +135,39 @@ def test_the_doctor_finds_a_real_cluster_well_and_names_what_it_would_refuse(wat
     assert refused["time limit"] == "bad site.minutes = 2000, a100 allows 1440"
     assert refused["nodes"].startswith("bad none of 2 in a100 can hold a task: GPUs gpu:a100:4")
     assert refused["request of pretrain"].startswith("bad refused: ")
+
+
+@pytest.fixture
+def accounted(tmp_path_factory: pytest.TempPathFactory) -> Generator[Lab]:
+    """A cluster with slurmdbd, so that sacct has something to tell."""
+    if lacking := missing(accounting=True):
+        pytest.skip(lacking)
+    cluster = Lab(tmp_path_factory.mktemp("accounted"), accounting=True)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+
+
+@pytest.mark.full
+def test_with_accounting_every_attempt_is_paid_for_as_slurm_counts_it(accounted: Lab, tmp_path: Path) -> None:
+    watch = Watch(Login(accounted, tmp_path))
+    answer = watch.login("sweep", "--site", "lab", "--until", "pretrain", "--set", "pretrain.epochs=40")
+    assert answer.returncode == 0, answer.stderr
+    cell = next(one for one in watch.told("status")["cells"] if one["stage"] == "pretrain")
+    wait_for("it trains", lambda: bool(watch.cell(cell["id"])["metric"]), 90)
+    accounted("scontrol", "requeue", cell["job"])
+    accounted.wait_until_empty(180)
+    wait_for("sacct knows the end", lambda: watch.told("usage")["by_end"]["running"] == 0, 30)
+    paid = watch.told("usage")
+    own = watch.told("usage", PATH=without(tmp_path / "bin", "squeue"))
+    trained = {one["id"]: one for one in paid["cells"]}[cell["id"]]
+    noted = {one["id"]: one for one in own["cells"]}[cell["id"]]
+    assert (paid["source"], own["source"]) == ("sacct", "own books")
+    assert trained["attempts"] == noted["attempts"] == 2
+    assert trained["gpu_hours"] > 0 and paid["by_end"]["interrupted"] > 0
+    # Our books begin when Python has started, and end a little before Slurm does.
+    assert 0 < paid["total"]["gpu_hours"] - own["total"]["gpu_hours"] < 40 / 3600 * paid["total"]["attempts"]
+    assert trained["memory_peak_bytes"] > 1 << 27 and trained["limit_seconds"] == 600
+    assert "by Slurm's accounting" in watch("usage").stdout

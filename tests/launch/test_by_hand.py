@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from rtshpc.core.load import load_run
 from rtshpc.core.paths import RunPaths
@@ -28,6 +33,20 @@ def test_a_prepared_run_has_submitted_nothing_and_every_array_element_is_one_of_
         paths, name = RunPaths(Path(run.removeprefix("RTSHPC_RUN="))), stage.removeprefix("RTSHPC_STAGE=")
         found += [find_cell(paths, name, str(number)) for number in range(last + 1)]
     assert found == [cell.id for cell in plan.cells if cell.stage != "summarise"]
+
+
+@pytest.mark.parametrize("template", sorted(ROOT.glob("slurm/*.sbatch")), ids=lambda path: path.name)
+def test_a_template_is_clean_and_says_what_it_does_needs_and_how_safe_it_is_to_submit_again(template: Path) -> None:
+    text = template.read_text()
+    first = text.index("\nset -euo pipefail")
+    for word in ("# What:  ", "# Needs: ", "# Again: ", "# Use:   "):
+        assert 0 < text.index(word) < text.index("#SBATCH")
+    assert "#SBATCH" not in text[first:]  # sbatch would pass over it
+    for name in re.findall(r"^(RTSHPC_\w+)=", text, re.MULTILINE):
+        assert f'{name}="${{{name}:-' in text
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck here (Debian: apt-get install shellcheck)")
+    subprocess.run(["shellcheck", str(template)], check=True)
 
 
 def test_a_run_folder_with_spaces_quotes_and_dollars_is_one_word_of_the_lines(launcher: Launcher) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from rtshpc.core.cell import RESULT_VERSION, Cell
 from rtshpc.core.errors import RunError
-from rtshpc.core.load import load_run
+from rtshpc.core.load import load_run, write_run_config
 from rtshpc.core.records import Record, append_line, write_json, write_record
 from rtshpc.hpc.executor import Job
 from rtshpc.launch.__main__ import main
@@ -165,6 +165,8 @@ def test_a_retry_takes_the_kinds_asked_for_and_what_builds_on_them(plan: Plan, p
     other = next(cell for cell in plan.cells if cell.stage == "pretrain" and cell != trained)
     assert choose(plan.paths, ["missing"]) >= {gone.id, other.id}
     assert small.id not in choose(plan.paths, ["missing"])
+    queue(programs, f"{job_of(plan, trained)}|PENDING|Priority|N/A|0:00|8:00:00|")
+    assert choose(plan.paths, ["oom"]) == {small.id, trained.id, summary}
     finish(plan, small)
     with pytest.raises(RunError, match="no cell that could run again is oom"):
         choose(plan.paths, ["oom"])
@@ -241,8 +243,13 @@ def test_usage_adds_up_every_attempt_by_sacct_or_else_by_what_the_tasks_noted(
     facts = asked()
     assert (facts["source"], facts["total"]["gpu_hours"], facts["total"]["attempts"]) == ("both", 3.5, 3)
     assert facts["by_end"] == {"done": 1.0, "failed": 2.0, "interrupted": 0.5, "running": 0.0}
+    assert facts["charge"] is None
+    priced = plan.config.site.model_copy(update={"charge_per_gpu_hour": 2.0})
+    write_run_config(plan.paths.config, plan.config.model_copy(update={"site": priced}), {})
+    assert asked()["charge"] == 7.0
     assert main(["usage", run]) == 0
-    assert "3.50 GPU-hours" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3.50 GPU-hours" in out and "7.00 charged" in out
 
 
 def test_status_prints_a_line_a_cell_by_stage_and_watch_ends_when_nothing_works(

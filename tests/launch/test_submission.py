@@ -88,7 +88,9 @@ def test_a_dependent_of_a_lost_job_is_submitted_anew_though_slurm_has_not_droppe
     submit_arrays(plan, ledger)
     jobs = {str(entry["label"]): str(entry["job"]) for entry in ledger.entries}
     still = [job for label, job in jobs.items() if label != "pretrain ndvi"]
-    (slurm / "squeue").write_text("#!/bin/sh\n" + "".join(f"echo {job} PENDING\n" for job in still))
+    (slurm / "squeue").write_text(
+        "#!/bin/sh\n" + "".join(f"echo '{job}|PENDING|Priority|N/A|0:00|10:00|'\n" for job in still)
+    )
     made = submit_arrays(plan, ledger)
     fused = "finetune rgb+ndvi cross residual pretrained"
     again = {"pretrain ndvi", "evaluate pretrain ndvi", fused, f"evaluate {fused}", "summarise"}

@@ -180,6 +180,9 @@ class SiteConfig(Section):
     max_attempts: int = doc("attempts of one job, all requeues counted", 10, ge=1)
     max_array: int = doc("elements of the largest array; Slurm's MaxArraySize - 1", 1000, ge=1)
     submit_limit: int = doc("jobs a user may have in the queue, array elements counted; 0 = no limit", 0, ge=0)
+    charge_per_gpu_hour: float = doc(
+        "what a GPU-hour costs, in the site's own unit; 0 = `usage` tells no price", 0.0, ge=0
+    )
     modules: tuple[Line, ...] = doc("environment modules that a job loads, on the host", ())
     network_interface: Line = doc("interface for NCCL and GLOO, e.g. ib0; empty = their choice", "")
     image: str = doc("Apptainer image (.sif) the tasks run in; empty = this environment", "")

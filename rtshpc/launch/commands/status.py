@@ -52,7 +52,9 @@ def _text(facts: dict[str, Any], everything: bool, as_json: bool) -> str:
 
 
 def _works(facts: dict[str, Any]) -> bool:
-    return facts["launcher"] or any(cell["state"] in ("running", "submitted", "unknown") for cell in facts["cells"])
+    from rtshpc.launch.status import HELD_CELL
+
+    return facts["launcher"] or any(cell["state"] in HELD_CELL for cell in facts["cells"])
 
 
 def _lines(facts: dict[str, Any], everything: bool) -> Iterator[str]:
