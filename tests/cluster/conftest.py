@@ -69,4 +69,4 @@ class Login:
 
 @pytest.fixture
 def login(lab: Lab, tmp_path: Path) -> Login:
-    return Login(lab, tmp_path)
+    return Login(lab, tmp_path / "a user's $HOME")  # as bad as a path may be, in every script and dependency

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 NODES = {"a5n1": "a5000", "a5n2": "a5000", "a1n1": "a100", "a1n2": "a100"}
@@ -21,6 +22,9 @@ NODES = {"a5n1": "a5000", "a5n2": "a5000", "a1n1": "a100", "a1n2": "a100"}
 GPUS = 4
 PORTS = (1, 2, 3, 11, 12, 13, 14)
 """Ports in use, behind the cluster's first: controller, accounting, its database, one a node."""
+
+PORT_STEP, JOBS_PER_PORT = 20, 1000
+"""First ports of clusters lie so far apart, and so do, times the second, the numbers of their jobs."""
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "unshare")
@@ -170,12 +174,12 @@ class Lab:
         _stop([self._pid(f"node.{name}") for name in NODES], signal.SIGKILL)
         _stop([self._pid("slurmdbd")], signal.SIGTERM)
         _stop([self._pid("mariadbd")], signal.SIGTERM)
-        for name in NODES:
-            for folder in sorted(CGROUPS.glob(f"*/slurm_{name}/**/"), reverse=True):
-                try:
-                    folder.rmdir()
-                except OSError:
-                    continue
+        own = range(self.base * JOBS_PER_PORT, (self.base + PORT_STEP) * JOBS_PER_PORT)
+        for job in CGROUPS.glob("*/slurm_*/uid_*/job_*"):
+            if int(job.name.removeprefix("job_")) in own:  # those of other clusters are theirs
+                for folder in sorted(job.glob("**/"), reverse=True):
+                    with suppress(OSError):
+                        folder.rmdir()
 
     def node_up(self, name: str) -> None:
         """Start a node."""
@@ -224,7 +228,7 @@ class Lab:
             "host": socket.gethostname().partition(".")[0],
             "controller": self.base + 1,
             # Nodes of several clusters on one machine have the same names, and so the same cgroups: their jobs must not.
-            "first_job": self.base * 1000,
+            "first_job": self.base * JOBS_PER_PORT,
             "tracking": CGROUP_TRACKING if has_cgroups() else PLAIN_TRACKING,
             "accounting": ACCOUNTING.format(port=self.base + 2) if self.accounting else "",
             "nodes": "\n".join(
@@ -295,7 +299,7 @@ def _lives(pid: int) -> bool:
 
 def _free_ports() -> int:
     """A first port with all of PORTS behind it free, so that several clusters can live side by side."""
-    for base in range(7100, 9000, 20):
+    for base in range(7100, 9000, PORT_STEP):
         if not any(_in_use(base + port) for port in PORTS):
             return base
     raise AssertionError("no free ports between 7100 and 9000")

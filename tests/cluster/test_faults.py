@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -123,13 +124,19 @@ def preempt(one: Training) -> None:
     one.lab("sbatch", "-p", partition, "-w", one.node, "--gpus-per-node=4", "-o", "/dev/null", "--wrap", "sleep 1")
 
 
+def kill(one: Training) -> None:
+    process = one.process
+    assert process is not None, "there is nothing to kill"
+    os.kill(process, signal.SIGKILL)
+
+
 FAULTS: dict[str, Callable[[Training], object]] = {
     "crash": lambda one: one.lab.node_crash(one.node),
     "preempt": preempt,
     "time limit": lambda one: one.lab("scontrol", "update", f"JobId={one.job}", "TimeLimit=1"),
     "requeue": lambda one: one.lab("scontrol", "requeue", one.job),
     "scancel": lambda one: one.lab("scancel", one.job),
-    "kill": lambda one: one.send(signal.SIGKILL),
+    "kill": kill,
 }
 """The first two strike a node, so they are given to trainings that have one alone."""
 
@@ -178,7 +185,7 @@ def test_a_sweep_through_six_kinds_of_faults_ends_with_its_report_every_cell_onc
 
 STORM = (
     *(one for one in SETS if not one.startswith(("grid.seed", "finetune.epochs", "pretrain.epochs"))),
-    "grid.seed=[0, 1, 2, 3, 4, 5]",
+    "grid.seed=[0, 1, 2, 3]",
     "finetune.epochs=30",
     "pretrain.epochs=30",
     "site.max_attempts=100",
@@ -200,8 +207,9 @@ def test_after_a_storm_of_thirty_faults_every_cell_is_done_once_and_with_the_byt
         running = [one for one in trainings if one.under_way and one.process is not None and one.node]
         if running and hit.total() < 30:
             name = min(FAULTS, key=lambda name: hit[name])
-            FAULTS[name](draw.choice(running))
-            hit[name] += 1
+            with suppress(AssertionError):  # it ended in that moment
+                FAULTS[name](draw.choice(running))
+                hit[name] += 1
         for node in set(NODES) - lab.up_nodes():
             lab.node_up(node)
         if not lab.queue():
