@@ -61,8 +61,9 @@ pinned() { # NAME@DIGEST of the public base.
   echo "${tag%:*}@$digest"
 }
 
-debootstrapped() { # FILE: this machine's own distribution as an image.
-  local suite sources
+debootstrapped() { # FILE: this machine's own distribution as an image, with all that Apptainer.def would install.
+  local suite sources packages=python3,ca-certificates
+  [[ $variant == thin ]] || packages+=,python3-venv,python3-gdal
   [[ ! -e $1 ]] || return 0
   need mmdebstrap "install it (apt-get install mmdebstrap), or take --base oci"
   suite=$(codename)
@@ -70,7 +71,7 @@ debootstrapped() { # FILE: this machine's own distribution as an image.
   mapfile -t sources < <(apt-get indextargets --format 'deb $(REPO_URI) $(CODENAME) $(COMPONENT)' 'Created-By: Packages' |
     awk -v suite="$suite" '$3 == suite || $3 == suite "-updates" || $3 == suite "-security"')
   [[ ${#sources[@]} -gt 0 ]] || die "apt has no mirror of \"$suite\" (apt-get update?)"
-  mmdebstrap --quiet --variant=apt --include=python3,ca-certificates --dpkgopt=force-unsafe-io \
+  mmdebstrap --quiet --variant=apt --include="$packages" --dpkgopt=force-unsafe-io \
     --aptopt='Acquire::Check-Valid-Until "false"' "$suite" "$work/base.tar" "${sources[@]}"
   cp "$root/containers/base.def" "$work/base.def"
   (cd "$work" && apptainer --quiet build ${fakeroot:+--fakeroot} "$zstd" part.sif base.def)
@@ -131,7 +132,7 @@ build() {
   case $base in
     oci) ;;
     debootstrap)
-      base=$(dirname "$output")/base-$(codename).sif
+      base=$(dirname "$output")/base-$(codename)-$variant.sif
       debootstrapped "$base"
       ;;
     *) [[ -f $base ]] || die "--base $base is neither oci nor debootstrap nor an image" ;;
