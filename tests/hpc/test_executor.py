@@ -124,6 +124,7 @@ SUBMITTING = """
 import os, signal, subprocess, sys
 from rtshpc.hpc.executor import shielded
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # not so where a shell started us in the background
 try:
     with shielded(True):
         os.kill(os.getpid(), signal.SIGINT)
