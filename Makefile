@@ -59,11 +59,11 @@ check: $(STAMP)
 	$(BIN)/python -m pytest tests/house
 
 test: check apt
-	$(BIN)/python -m pytest -m "not slow and not full" --ignore tests/house
+	$(BIN)/python -m pytest -m "not slow and not full" -rs --ignore tests/house
 	$(BIN)/python -m pytest -m "slow and not full" -rs
 
 test-full: check apt-full
-	$(BIN)/python -m pytest -m "not slow and not full" --ignore tests/house
+	$(BIN)/python -m pytest -m "not slow and not full" -rs --ignore tests/house
 	$(BIN)/python -m pytest -m "slow or full" -rs
 
 image:
