@@ -91,7 +91,8 @@ def cut_scene(scene: Scene, data: DataConfig, facts: SceneFacts) -> Generator[Cu
 
 def _cut(opened: OpenScene, instances: InstanceMap, box: ChipBox, data: DataConfig) -> CutChip | None:
     part = opened.read(box)
-    fraction = float(part.valid[data.primary].mean())
+    primary = part.valid[data.primary]
+    fraction = int(np.count_nonzero(primary)) / primary.size
     if fraction < data.chip.min_valid_fraction:
         return None
     labels = instances.crop(box, data.labels.min_instance_px)

@@ -101,8 +101,8 @@ def statistics_of(pixels: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> Sta
         pixels: (C, H, W) of any real type.
         valid: (H, W); pixels outside do not count.
     """
-    mask = None if valid.all() else np.ascontiguousarray(valid).view(np.uint8)
-    count = int(valid.sum())
+    count = int(np.count_nonzero(valid))
+    mask = None if count == valid.size else np.ascontiguousarray(valid).view(np.uint8)
     if count == 0:
         return Statistics.empty(len(pixels))
     with np.errstate(over="ignore", invalid="ignore"):

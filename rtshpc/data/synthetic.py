@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ class SceneDraw:
     others: list[Shape]
     fields: dict[str, list[tuple[int, float, Field]]]
     key: tuple[int, ...]
+
+    @cached_property
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """Of the others, then of the slumps, (N, 4): x1 y1 x2 y2. A large scene asks for them in every block."""
+        return np.array([shape.bounds for shape in (*self.others, *self.slumps)], dtype=np.int64).reshape(-1, 4)
 
 
 def place_of(config: GeneratedConfig, site: str, index: int) -> tuple[CRS, Affine]:
@@ -243,14 +249,15 @@ def _shapes_in(
     scene: SceneDraw, row: int, col: int, height: int, width: int
 ) -> Iterator[tuple[int, Shape, npt.NDArray[np.bool_], tuple[int, int, int, int]]]:
     """Id (0 for others), shape, its mask within the block, and rows and columns of that part of the block."""
-    numbered = [(0, shape) for shape in scene.others] + list(enumerate(scene.slumps, 1))
-    for number, shape in numbered:
-        x1, y1, x2, y2 = shape.bounds
+    shapes, first = [*scene.others, *scene.slumps], 1 - len(scene.others)
+    low, high = scene.bounds[:, :2], scene.bounds[:, 2:]
+    inside = ((low < (col + width, row + height)) & (high > (col, row))).all(axis=1)
+    for at in map(int, np.flatnonzero(inside)):
+        x1, y1, x2, y2 = map(int, scene.bounds[at])
         top, bottom = max(y1, row), min(y2, row + height)
         left, right = max(x1, col), min(x2, col + width)
-        if top < bottom and left < right:
-            mask = shape.mask()[top - y1 : bottom - y1, left - x1 : right - x1]
-            yield number, shape, mask, (top - row, bottom - row, left - col, right - col)
+        mask = shapes[at].mask()[top - y1 : bottom - y1, left - x1 : right - x1]
+        yield max(at + first, 0), shapes[at], mask, (top - row, bottom - row, left - col, right - col)
 
 
 def _paint(bands: Field, shape: Shape, mask: npt.NDArray[np.bool_], contrast: float, corner: tuple[int, int]) -> None:

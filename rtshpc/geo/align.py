@@ -25,7 +25,7 @@ from rtshpc.geo.crs import Six
 from rtshpc.geo.raster import (
     Grid,
     Mask,
-    find_band,
+    find_bands,
     has_mask,
     invalid,
     read_error,
@@ -136,8 +136,9 @@ class Layer:
             self._rows = self._cols = False
             self._view = stack.enter_context(self._warp(dataset, grid, resampling, crs_wkt))
             self._nodata = list(self._view.nodatavals)
-        self._masked = has_mask(self._view)
-        self.undeclared = dataset.nodata is None and not has_mask(dataset)
+        masked = has_mask(dataset)
+        self._masked = has_mask(self._view) if self.warped else masked
+        self.undeclared = dataset.nodata is None and not masked
         self.height, self.width = grid.height, grid.width
         self.itemsize = max(np.dtype(dtype).itemsize for dtype in dataset.dtypes)
 
@@ -266,7 +267,7 @@ def bind(name: str, modality: ModalityConfig, data: DataConfig, dataset: Any, la
     given = () if modality.file else data.band_names
     expression = Expression(modality.expression, f"modalities.{name}.expression") if modality.expression else None
     names = expression.names if expression else modality.bands
-    indexes = tuple(find_band(dataset, band, given) for band in names)
+    indexes = find_bands(dataset, names, given)
     return Bound(name, modality, layer, indexes, tuple(scaling(dataset, index) for index in indexes), expression)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +105,21 @@ def corners(transform: Six, width: int, height: int, steps: int = 4) -> tuple[li
     return xs, ys
 
 
+class _Outline:
+    """A raster's middle (first) and points along its edges, in its CRS and, once asked for, in degrees."""
+
+    def __init__(self, wkt: str, six: Six, width: int, height: int) -> None:
+        xs, ys = corners(six, width, height)
+        a, b, c, d, e, f = six
+        self.xs = [a * width / 2 + b * height / 2 + c, *xs]
+        self.ys = [d * width / 2 + e * height / 2 + f, *ys]
+        self._wkt = wkt
+
+    @cached_property
+    def lonlat(self) -> tuple[list[float], list[float]]:
+        return to_lonlat(self._wkt, self.xs, self.ys)
+
+
 def georeference(dataset: DatasetReader) -> tuple[Grid | None, list[Finding]]:
     """The grid as stored (south-up stays south-up here) and what is wrong with it; no grid where it is fatal."""
     name = Path(dataset.name).name
@@ -120,11 +135,12 @@ def georeference(dataset: DatasetReader) -> tuple[Grid | None, list[Finding]]:
         return None, [Finding("reject", "no_transform", f"{name} has a CRS but no place in it (identity transform)")]
     if not all(map(math.isfinite, six)) or a * e - b * d == 0:
         return None, [Finding("reject", "no_transform", f"{name}: the transform {six} cannot be inverted")]
-    problem = _off_earth(dataset, wkt, six, facts)
+    outline = _Outline(wkt, six, dataset.width, dataset.height)
+    problem = _off_earth(outline, six, facts)
     if problem:
         return None, [Finding("reject", "off_earth", f"{name}: {problem}")]
     grid = Grid(wkt, six, dataset.width, dataset.height, resolution_m(wkt, six, dataset.width, dataset.height))
-    return grid, [*_orientation(name, six), *_projection(name, grid, facts)]
+    return grid, [*_orientation(name, six), *_projection(name, grid, facts, outline)]
 
 
 def _without_crs(dataset: DatasetReader, name: str, six: Six) -> Finding:
@@ -139,17 +155,16 @@ def _without_crs(dataset: DatasetReader, name: str, six: Six) -> Finding:
     return Finding("reject", "no_crs", f"{name} has a transform but no CRS")
 
 
-def _off_earth(dataset: DatasetReader, wkt: str, six: Six, facts: CrsFacts) -> str:
+def _off_earth(outline: _Outline, six: Six, facts: CrsFacts) -> str:
     """Why the raster cannot lie where it says, or nothing."""
-    xs, ys = corners(six, dataset.width, dataset.height)
+    xs, ys = outline.xs, outline.ys
     if facts.geographic:
         if max(map(abs, ys)) > 90.5 or min(xs) < -360 or max(xs) > 540:
             return f"x {min(xs):.6g} to {max(xs):.6g}, y {min(ys):.6g} to {max(ys):.6g} are no degrees"
         return ""
     if max(map(abs, [*xs, *ys])) <= 360 and abs(six[0]) * facts.unit_m < 0.01:
         return f'coordinates look like degrees, but CRS "{facts.name}" is projected'
-    centre = ([(max(xs) + min(xs)) / 2], [(max(ys) + min(ys)) / 2])
-    lons, lats = to_lonlat(wkt, centre[0] + xs, centre[1] + ys)
+    lons, lats = outline.lonlat
     known = sum(math.isfinite(lon) and math.isfinite(lat) for lon, lat in zip(lons, lats, strict=True))
     if known <= len(lons) / 2 and not (known and "geostationary" in facts.method.lower()):
         return f'coordinates lie outside CRS "{facts.name}"'
@@ -168,9 +183,9 @@ def _orientation(name: str, six: Six) -> list[Finding]:
     return found
 
 
-def _projection(name: str, grid: Grid, facts: CrsFacts) -> list[Finding]:
+def _projection(name: str, grid: Grid, facts: CrsFacts, outline: _Outline) -> list[Finding]:
     found: list[Finding] = []
-    a, b, c, d, e, f = grid.transform
+    a, b, _, d, e, _ = grid.transform
     if facts.geographic:
         found.append(
             Finding("warn", "geographic_crs", f"{name} is in degrees; areas and sizes in px are not those of metres")
@@ -180,9 +195,7 @@ def _projection(name: str, grid: Grid, facts: CrsFacts) -> list[Finding]:
     wide, high = math.hypot(a, d), math.hypot(b, e)
     if not facts.geographic and abs(wide / high - 1) > 0.01:
         found.append(Finding("warn", "oblong_pixels", f"{name}: pixels are {wide:.6g} x {high:.6g}"))
-    xs, ys = corners(grid.transform, grid.width, grid.height)
-    mid = (a * grid.width / 2 + b * grid.height / 2 + c, d * grid.width / 2 + e * grid.height / 2 + f)
-    lons, lats = to_lonlat(grid.crs_wkt, [mid[0], *xs], [mid[1], *ys])
+    lons, lats = outline.lonlat
     if "geostationary" in facts.method.lower():
         found.append(Finding("warn", "geostationary_crs", f"{name} is in satellite view: pixels have no fixed area"))
     elif not facts.geographic and math.isfinite(lons[0]):
@@ -214,6 +227,7 @@ def _projection_of(wkt: str) -> pyproj.Proj | None:
         return None
 
 
+@lru_cache(maxsize=256)
 def _areal_scale(wkt: str, lon: float, lat: float) -> float | None:
     projection = _projection_of(wkt)
     if projection is None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import rasterio
 from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
@@ -29,6 +28,7 @@ from rtshpc.geo.raster import (
     open_raster,
     read_error,
     read_window,
+    reading,
     rejecting,
     scaling,
     swapped_colours,
@@ -97,7 +97,7 @@ def raster_findings(path: Path | str, max_pixels: int = MAX_PIXELS, sample: bool
         sample: the raster is the image of a labelled sample, from which all modalities are wanted.
     """
     path = Path(path)
-    with rasterio.Env(GDAL_NUM_THREADS="1"):
+    with reading():
         try:
             with rejecting(path.name), open_raster(path, max_pixels) as dataset:
                 found = [*_place(dataset, path), *_bands(dataset, path, sample)]
@@ -111,7 +111,7 @@ def pixels_key(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[Any, ...
     """What rasters of the same pixels in the same place share, however they are compressed; None for no raster."""
     path = Path(path)
     try:
-        with rasterio.Env(GDAL_NUM_THREADS="1"), rejecting(path.name), open_raster(path, max_pixels) as dataset:
+        with reading(), rejecting(path.name), open_raster(path, max_pixels) as dataset:
             place = (str(dataset.crs), tuple(dataset.transform), dataset.shape, dataset.dtypes)
             return *place, *read_content(dataset).checksums
     except SceneRejected:

@@ -16,7 +16,7 @@ from rtshpc.core.errors import SceneRejected
 from rtshpc.core.scenes import Scene
 from rtshpc.geo.align import EXACT_PX, Layer
 from rtshpc.geo.instances import InstanceMap, burn, drop_small, from_raster, rasterise
-from rtshpc.geo.raster import Grid, find_band, invalid, open_raster, read_window, windows
+from rtshpc.geo.raster import Grid, Mask, find_bands, invalid, open_raster, read_window, windows
 from rtshpc.geo.vector import read_polygons
 
 _FEWEST_COVERED = 0.01
@@ -115,13 +115,13 @@ class LabelReader:
         config = self._data.labels
         values, missing, notes = self._on_grid(self._band())
         stated = self._raster.nodata
-        if stated is not None and stated > 0 and missing.any() and not (values[~missing] > 0).any():
+        if stated is not None and stated > 0 and missing is not None and not (values[~missing] > 0).any():
             notes.append(f"label_nodata: nodata {stated:g} is the only value above 0: no slump is left")
         for value in config.ignore_values:
-            missing = missing | (values == value)
+            missing = (values == value) if missing is None else missing | (values == value)
         kind = "instances" if config.kind == "instances" else "mask"
         labels = from_raster(values, kind, missing, config.min_instance_px)
-        if missing.all():
+        if missing is not None and missing.all():
             name = Path(self._scene.label).name
             raise SceneRejected("labels_elsewhere", f"{name} says nothing about the image's ground")
         return replace(labels, notes=(*notes, *labels.notes))
@@ -134,7 +134,7 @@ class LabelReader:
         """
         config, raster = self._data.labels, self._raster
         if config.band:
-            return find_band(raster, config.band, self._data.band_names if config.kind == "band" else ())
+            return find_bands(raster, [config.band], self._data.band_names if config.kind == "band" else ())[0]
         colours = enumerate(raster.colorinterp, 1)
         bands = [index for index, colour in colours if colour != ColorInterp.alpha or raster.count == 1]
         for window in windows(raster) if len(bands) > 1 else ():
@@ -146,8 +146,8 @@ class LabelReader:
                 )
         return bands[0]
 
-    def _on_grid(self, band: int) -> tuple[NDArray[Any], NDArray[np.bool_], list[str]]:
-        """Label values on the primary grid and where there are none."""
+    def _on_grid(self, band: int) -> tuple[NDArray[Any], Mask | None, list[str]]:
+        """Label values on the primary grid and where there are none (None = nowhere)."""
         grid, name = self._grid, Path(self._scene.label or self._scene.image).name
         shape = (grid.height, grid.width)
         notes: list[str] = []
@@ -162,23 +162,21 @@ class LabelReader:
         snap = max(min(self._data.labels.max_shift_px, _HALF_PX), EXACT_PX)
         # Nodata 0 in labels means background: within the file's extent that is known.
         layer = Layer(self._raster, grid, self._stack, "nearest", snap, grid.crs_wkt, zero_is_valid=True)
-        stored, bad = layer.read([band], 0, 0, *shape)
-        missing = np.zeros(shape, np.bool_) if bad[0] is None else bad[0]
+        stored, (missing,) = layer.read([band], 0, 0, *shape)
         if layer.shift is not None and layer.shift > EXACT_PX and not layer.warped:
             notes.append(f"label_shift: {name} lies {layer.shift:.2f} px off the image's grid; taken as the same grid")
         elif layer.warped:
             notes.append(f"label_grid: {name} is on another grid; aligned by coordinates (nearest)")
-            covered = 1 - float(missing.mean())
+            covered = 1.0 if missing is None else 1 - float(missing.mean())
             if covered < _FEWEST_COVERED:
                 raise SceneRejected("labels_elsewhere", f"{name} covers {covered:.1%} of the image")
             if covered < 0.99 and self._raster.nodata is None:
                 notes.append(f"label_coverage: {name} covers {covered:.0%} of the image; the rest is unlabelled")
         return stored[0], missing, notes
 
-    def _by_index(self, band: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Label values of a file as large as the image and stored as it is, and where there are none."""
+    def _by_index(self, band: int) -> tuple[NDArray[Any], Mask | None]:
+        """Label values of a file as large as the image and stored as it is, and where there are none (None = nowhere)."""
         values = read_window(self._raster, [band])[0]
         rows, cols = self._flips
         values = np.ascontiguousarray(values[:: -1 if rows else 1, :: -1 if cols else 1])
-        bad = invalid(values, self._raster.nodata) if self._raster.nodata else None
-        return values, np.zeros(values.shape, np.bool_) if bad is None else bad
+        return values, invalid(values, self._raster.nodata) if self._raster.nodata else None

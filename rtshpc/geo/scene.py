@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 
 from rtshpc.core.config import DataConfig
@@ -21,7 +20,7 @@ from rtshpc.geo.chips import ChipBox
 from rtshpc.geo.crs import trusted_grid
 from rtshpc.geo.instances import InstanceMap, cut
 from rtshpc.geo.labels import LabelReader
-from rtshpc.geo.raster import Grid, Mask, open_raster
+from rtshpc.geo.raster import Grid, Mask, open_raster, reading
 
 WHOLE_BYTES = 256 << 20
 """Scenes up to this size are decoded once and cut in memory; larger ones are read chip by chip."""
@@ -158,8 +157,8 @@ class OpenScene:
             good = part.valid[first.name]
             seen += good.size
             for name, mask in part.valid.items():
-                valid[name] += int(np.count_nonzero(mask & good))
-            something = something or bool(((part.pixels[first.name] != 0).any(axis=0) & good).any())
+                valid[name] += int(np.count_nonzero(mask if mask is good else mask & good))
+            something = something or any(bool(((band != 0) & good).any()) for band in part.pixels[first.name])
             known = something and all(valid[bound.name] for bound in self._bound if bound.layer is not None)
             if known and valid[first.name] >= self._data.min_valid_fraction * pixels:
                 break
@@ -247,7 +246,13 @@ class OpenScene:
         implied = value is None and layer.undeclared and len(pixels) >= _FEWEST_BANDS
         if layer is not self._image or (value is None and not implied):
             return stored
-        empty = (pixels == (0 if implied else value)).all(axis=0)
+        nothing = 0 if implied else value
+        empty = pixels[0] == nothing
+        for band in pixels[1:]:
+            # Where a band is nowhere empty together with those before it, no other needs a look.
+            if not empty.any():
+                return stored
+            empty &= band == nothing
         if not empty.any():
             return stored
         self._zeros += int(np.count_nonzero(empty)) if implied else 0
@@ -280,7 +285,7 @@ def open_scene(
             `missing_modality`, `all_nodata`, `almost_empty`, `missing_label`.
     """
     with ExitStack() as stack:
-        stack.enter_context(rasterio.Env(GDAL_NUM_THREADS="1", GDAL_CACHEMAX=_cache_bytes(data)))
+        stack.enter_context(reading(GDAL_CACHEMAX=_cache_bytes(data)))
         opened = _open(scene, data, with_labels, stack)
         opened._prepare(whole_bytes)  # pyright: ignore[reportPrivateUsage]
         yield opened

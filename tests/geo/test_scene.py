@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 from geo_making import (
     BANDS,
     PLACE,
@@ -83,6 +84,17 @@ def test_a_scene_smaller_than_a_chip_is_padded_as_invalid(tmp_path: Path) -> Non
             assert part.pixels["rgb"].shape == (3, 32, 32)
             assert part.valid["rgb"].sum() == 20 * 24
             assert opened.instances().crop(ChipBox(0, 0, 32)).ids.shape == (32, 32)
+
+
+def test_a_mask_file_beside_the_image_says_what_is_valid(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path / "a", nodata=None)
+    image, inside = Path(scene_of(folder).image), np.ones((64, 64), np.uint8) * 255
+    inside[:, :9] = 0
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(image, "r+") as file:
+        file.write_mask(inside)
+    assert image.with_name(f"{image.name}.msk").exists()
+    with open_scene(scene_of(folder), config(tmp_path)) as opened:
+        assert np.array_equal(opened.read(WHOLE).valid["rgb"], inside > 0)
 
 
 def test_modalities_of_the_same_bands_share_their_mask(tmp_path: Path) -> None:
