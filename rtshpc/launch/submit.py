@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,7 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import ConfigError, RunError
 from rtshpc.core.load import read_cell, read_run_config, write_cell, write_run_config
 from rtshpc.core.paths import RunPaths, make_private
-from rtshpc.core.records import append_lines, read_plan, write_json
+from rtshpc.core.records import append_lines, locked, read_plan, write_json
 from rtshpc.hpc.container import image_facts
 from rtshpc.hpc.executor import Job, queue_length, script, slurm_states, submit
 from rtshpc.hpc.site import code_version
@@ -72,17 +70,8 @@ class Ledger:
 def launcher_lock(paths: RunPaths) -> Generator[None]:
     """Be the run's only launcher. Raises RunError when another one is at work."""
     make_private(paths.root)
-    with paths.lock.open("w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    text = "another launcher works on this run; wait for it, or see `status`"
-                    raise RunError(f"{paths.root}: {text}") from None
-                time.sleep(0.05)
+    busy = f"{paths.root}: another launcher works on this run; wait for it, or see `status`"
+    with locked(paths.lock, LOCK_SECONDS, busy):
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import importlib
 import os
@@ -13,8 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from rtshpc.core.errors import STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError,
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import SILENT, Progress, Record, read_plan, write_json, write_record
+from rtshpc.core.records import SILENT, Progress, Record, locked, read_plan, write_json, write_record
 from rtshpc.hpc import books
 from rtshpc.hpc.attempt import OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
@@ -64,7 +62,7 @@ def run(stage: str, run_dir: Path, task: str) -> int:
     own = place_in_step()
     if own is not None and own.rank > 0:
         return _follow(cell, paths)
-    with _locked(folder):
+    with locked(folder.lock, LOCK_SECONDS, f"{folder.root}: another process works on this cell"):
         if finished(cell, paths) is not None:
             print(f"{cell.label}: done before")
             return 0
@@ -156,22 +154,6 @@ def _fail(folder: CellPaths, number: int, error: Exception) -> int:
         write_json(folder.failure, facts)
         books.end(folder, number, "failed")
     return 2 if mistake else 1
-
-
-@contextmanager
-def _locked(folder: CellPaths) -> Generator[None]:
-    """Hold the cell; the lock ends with the process, however that ends."""
-    with folder.lock.open("w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunError(f"{folder.root}: another process works on this cell") from None
-                time.sleep(0.2)
-        yield
 
 
 def _sweep_leftovers(folder: CellPaths) -> None:
