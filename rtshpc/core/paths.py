@@ -119,6 +119,11 @@ class RunPaths:
         return self.root / "ledger.jsonl"
 
     @property
+    def bad_nodes(self) -> Path:
+        """One JSON object a line: nodes that tasks found broken, and what they saw; new jobs avoid them."""
+        return self.root / "bad_nodes.jsonl"
+
+    @property
     def lock(self) -> Path:
         """Locked by the launcher that is working on the run."""
         return self.root / ".lock"

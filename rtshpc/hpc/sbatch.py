@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.hpc.site import request
 
 
-def parameters(site: SiteConfig, stage: str, folder: Path, dependency: str = "") -> dict[str, Any]:
+def parameters(
+    site: SiteConfig, stage: str, folder: Path, dependency: str = "", avoid: Iterable[str] = ()
+) -> dict[str, Any]:
     """Parameters of Submitit's Slurm executor for jobs of one stage.
 
     Args:
@@ -22,6 +25,7 @@ def parameters(site: SiteConfig, stage: str, folder: Path, dependency: str = "")
         stage: says what is asked for.
         folder: of the scripts, pickles and logs.
         dependency: as sbatch spells it, e.g. `afterok:12_3`; empty = none.
+        avoid: nodes that are not to be used.
     """
     asked = request(site, stage)
     gpus = f"{site.gpu_type}:{asked.gpus}" if site.gpu_type else str(asked.gpus)
@@ -36,6 +40,7 @@ def parameters(site: SiteConfig, stage: str, folder: Path, dependency: str = "")
         "qos": site.qos or None,
         "constraint": site.constraint or None,
         "wckey": site.wckey or None,
+        "exclude": ",".join(avoid) or None,
         "time": asked.minutes,
         "nodes": 1,
         "ntasks_per_node": 1,

@@ -14,7 +14,7 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_record
 from rtshpc.hpc import books
 from rtshpc.hpc.accounting import OUT_OF_MEMORY, Spent, ask_books
-from rtshpc.hpc.books import LOST, STOPPED, Attempt
+from rtshpc.hpc.books import BAD_NODE, LOST, STOPPED, Attempt
 from rtshpc.launch.status import is_locked, read_ledger, read_plan
 
 GIB = 1 << 30
@@ -23,7 +23,9 @@ HOUR = 3600.0
 ENOUGH = 1.3
 """Memory advised is the peak seen times this."""
 
-INTERRUPTED = frozenset({"PREEMPTED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "REQUEUED", "BOOT_FAIL", LOST, STOPPED})
+INTERRUPTED = frozenset(
+    {"PREEMPTED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "REQUEUED", "BOOT_FAIL", LOST, STOPPED, BAD_NODE}
+)
 """Ends of attempts that are no fault of the task; a training goes on from its checkpoint."""
 
 CLASSES = ("done", "failed", "interrupted", "running")

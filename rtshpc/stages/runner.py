@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rtshpc.core.cell import RESULT_VERSION, Cell
-from rtshpc.core.errors import STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError, RunError, guess
+from rtshpc.core.errors import BAD_NODE, STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError, RunError, guess
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
@@ -26,7 +26,7 @@ from rtshpc.core.records import SILENT, Progress, Record, locked, read_plan, wri
 from rtshpc.hpc import books
 from rtshpc.hpc.attempt import OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
-from rtshpc.hpc.site import code_version, cpu_model, place_in_step
+from rtshpc.hpc.site import code_version, cpu_model, node_name, of_the_node, place_in_step, refuse_bad_node
 
 LOCK_SECONDS = 30.0
 """How long an attempt waits for another one on the same cell to end, e.g. of a launcher just killed."""
@@ -47,7 +47,7 @@ def run(stage: str, run_dir: Path, task: str) -> int:
 
     Returns:
         Exit code: 0 done, 1 failed (see failure.json), 2 a mistake of the user; a task that is told to stop ends
-        with errors.STOPPED.
+        with errors.STOPPED, one whose node is broken with errors.BAD_NODE.
 
     Raises:
         RunError: there is no such run or cell, or another process holds it.
@@ -105,6 +105,7 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
     _set_threads(cell)
     print(f"{cell.label} ({cell.id}) started {started}", flush=True)
     try:
+        refuse_bad_node(cell.config.site, cell.stage)
         module = importlib.import_module(f"rtshpc.stages.{cell.stage}")
         gc.freeze()  # the libraries' objects live as long as the task: no collection need walk them
         results = module.run(cell, paths, Progress(folder.progress))
@@ -121,7 +122,7 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
         )
         write_record(folder.record, record)
     except Exception as error:
-        return _fail(folder, number, error)
+        return _fail(paths, folder, number, error)
     except SystemExit:
         books.end(folder, number, books.STOPPED)
         raise
@@ -140,8 +141,10 @@ def missing_library(error: ModuleNotFoundError) -> Exception:
     )
 
 
-def _fail(folder: CellPaths, number: int, error: Exception) -> int:
+def _fail(paths: RunPaths, folder: CellPaths, number: int, error: Exception) -> int:
     """Write failure.json, say why and close the books; a full disk must not hide the first error."""
+    if of_the_node(error):
+        return _blame_node(paths, folder, number, error)
     if isinstance(error, ModuleNotFoundError):
         error = missing_library(error)
     mistake = isinstance(error, RtshpcError)
@@ -154,6 +157,17 @@ def _fail(folder: CellPaths, number: int, error: Exception) -> int:
         write_json(folder.failure, facts)
         books.end(folder, number, "failed")
     return 2 if mistake else 1
+
+
+def _blame_node(paths: RunPaths, folder: CellPaths, number: int, error: Exception) -> int:
+    """Say that the node is broken, where the batch script and later submissions look for it."""
+    text = f"{node_name()} is broken: {' '.join(str(error).split())}"
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    books.note_bad_node(paths, folder.root.name, text)
+    with suppress(OSError):
+        write_json(folder.failure, {"error": text, "kind": "BadNode", "traceback": ""})
+        books.end(folder, number, books.BAD_NODE)
+    return BAD_NODE
 
 
 def _sweep_leftovers(folder: CellPaths) -> None:

@@ -49,7 +49,7 @@ def test_a_torn_or_foreign_record_is_none(tmp_path: Path) -> None:
 
 def test_a_lock_has_one_holder_at_a_time_and_the_next_one_waits_only_so_long(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
-    with locked(lock, 0.0, "busy"), pytest.raises(RunError, match="^busy$"), locked(lock, 0.1, "busy"):
+    with locked(lock, 0.0, "busy"), pytest.raises(RunError, match=r"^busy$"), locked(lock, 0.1, "busy"):
         pytest.fail("two hold it")
     with locked(lock, 0.0, "busy"):
         pass

@@ -10,7 +10,7 @@ import pytest
 from submitit.core.utils import DelayedSubmission
 
 from rtshpc.core.config import SiteConfig
-from rtshpc.core.errors import STOPPED
+from rtshpc.core.errors import BAD_NODE, STOPPED
 from rtshpc.core.load import load_run, write_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import append_line, read_json
@@ -39,6 +39,13 @@ def test_a_task_that_failed_is_not_tried_again_and_named_where_it_could_not_name
     verdict = judge(ended(code), SITE)
     assert (verdict.again, verdict.kind) == (False, "Died")
     assert ("SIGSEGV" if code == 139 else f"exit code {code}") in verdict.why
+
+
+def test_a_task_that_found_its_node_broken_is_tried_elsewhere_as_often_as_any_other() -> None:
+    late = SITE.minutes * 60
+    assert judge(ended(BAD_NODE, late, explained=True), SITE).again
+    assert judge(ended(BAD_NODE, number=3, explained=True), SITE).kind == "Attempts"
+    assert not judge(ended(BAD_NODE, explained=True), SITE.model_copy(update={"requeue": "never"})).again
 
 
 def test_a_time_limit_is_tried_again_only_if_the_checkpoint_advanced() -> None:

@@ -168,6 +168,11 @@ class SiteConfig(Section):
     gres: Literal["gpus-per-node", "gres"] = doc(
         "how GPUs are asked for: --gpus-per-node=[TYPE:]N or --gres=gpu:[TYPE:]N", "gpus-per-node"
     )
+    gpu_memory_gb: int = doc(
+        "memory of a GPU, GB; a task that does not find as many such GPUs calls its node bad; 0 = it does not look",
+        0,
+        ge=0,
+    )
     cpus: int = doc("cores of a job", 1, ge=1)
     memory_gb: int = doc("memory of a job, GB", 8, ge=1)
     minutes: int = doc("time limit of a job, minutes", 240, ge=1)
@@ -184,6 +189,11 @@ class SiteConfig(Section):
         "what a GPU-hour costs, in the site's own unit; 0 = `usage` tells no price", 0.0, ge=0
     )
     modules: tuple[Line, ...] = doc("environment modules that a job loads, on the host", ())
+    scratch: str = doc(
+        "environment variable that names the scratch folder of a node; empty = none is used",
+        "",
+        pattern=r"^([A-Za-z_]\w*)?$",
+    )
     network_interface: Line = doc("interface for NCCL and GLOO, e.g. ib0; empty = their choice", "")
     image: str = doc("Apptainer image (.sif) the tasks run in; empty = this environment", "")
     image_sha256: str = doc("what that file must be; empty = any, and records say which", "", pattern=SHA256)
