@@ -308,6 +308,7 @@ class _Training:
         """Save what is new; a checkpoint's time tells the scheduler whether this attempt got anywhere."""
         if (self.position.epoch, self.position.step) != self.saved:
             self._save()
+        self.group.wait()  # who leaves first would have Slurm end the one that saves
         raise Preempted
 
     def _save(self) -> None:

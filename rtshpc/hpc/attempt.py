@@ -15,12 +15,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import BAD_NODE, STOP_SIGNALS, STOPPED
 from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import write_json
+from rtshpc.core.records import read_json, write_json
 from rtshpc.hpc.books import bad_nodes
 
 EARLY_SECONDS = 60
@@ -28,6 +29,9 @@ EARLY_SECONDS = 60
 
 OUT_OF_MEMORY = "OutOfMemory"
 """Kind of a failure that more memory, or a smaller batch, would mend."""
+
+BAD_NODE_KIND = "BadNode"
+"""Kind of a failure that another node would mend."""
 
 LOG_TAIL = 1 << 16
 """Bytes at a log's end in which Slurm's last words are looked for."""
@@ -127,6 +131,10 @@ def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]
     site, cell = read_run_config(paths.config)[0].site, paths.cell(task)
     number = attempt_number(environment)
     words = last_words(place.stdout)
+    failure: Any = read_json(cell.failure)
+    if failure and int(environment.get("SLURM_NTASKS", "1")) > 1 and code != STOPPED:
+        # srun tells of the tasks that it killed for the one that failed, which has said why.
+        code = BAD_NODE if failure.get("kind") == BAD_NODE_KIND else 1
     ended = Ended(
         code=code,
         seconds=seconds,
@@ -135,7 +143,7 @@ def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]
         # Slurm's own spelling: torch writes of memory in small letters.
         out_of_memory=b"oom-kill event" in words or b"Out Of Memory" in words,
         timed_out=b"DUE TO TIME LIMIT" in words,
-        explained=cell.failure.exists(),
+        explained=failure is not None,
         taken=taken_away(job),
     )
     verdict = judge(ended, site)

@@ -28,7 +28,7 @@ from rtshpc.hpc.attempt import attempt_number
 from rtshpc.hpc.books import bad_nodes
 from rtshpc.hpc.container import command, refuse_image, refuse_start
 from rtshpc.hpc.sbatch import parameters
-from rtshpc.hpc.site import request
+from rtshpc.hpc.site import meeting, request
 
 LAUNCHER = "RTSHPC_LAUNCHER"
 """Environment variable of local tasks: process id and start time of their launcher."""
@@ -85,11 +85,19 @@ def become(stage: str, run_dir: str, task: str) -> None:
         sys.exit(STOPPED)  # after lost nodes, which Slurm itself queues again without end
     if os.getpid() != os.getpgrp():  # a step of Slurm leads its group, and could lead no session
         os.setsid()
+    os.environ.update(meeting(_first_node()))
     try:
         line = task_command(stage, run_dir, task)
         os.execvp(line[0], line)  # noqa: S606 - an argument list, no shell
     except (RtshpcError, OSError) as error:
         _give_up(RunPaths(Path(run_dir)).cell(task), error)
+
+
+def _first_node() -> str:
+    """The first node of the Slurm job that Submitit runs us in; empty elsewhere."""
+    import submitit
+
+    return submitit.JobEnvironment().hostnames[0] if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else ""
 
 
 def _give_up(cell: CellPaths, error: RtshpcError | OSError) -> None:

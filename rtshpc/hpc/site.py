@@ -41,6 +41,12 @@ GPU_FAULTS = (
 """What CUDA and nvidia-smi say of a GPU or driver that is broken, in small letters; a task's own mistakes (an illegal
 access, too little memory) read otherwise."""
 
+TRAININGS = frozenset({"pretrain", "finetune"})
+"""Stages whose task may be several, over nodes."""
+
+FIRST_PORT, PORTS = 20000, 20000
+"""Where the tasks of a training meet: a port that another job on the node is unlikely to have."""
+
 NODE_ERRORS = frozenset({errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO})
 """Errors of a disk or device that has gone, as opposed to one that is full or not ours."""
 
@@ -50,25 +56,31 @@ NAMED_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Request:
-    """Resources of one task.
+    """Resources of one job.
 
     Attributes:
-        cpus: cores.
-        memory_gb: memory, GB.
-        gpus: GPUs.
+        cpus: cores of a task.
+        memory_gb: memory of a node, GB.
+        gpus: GPUs of a node.
         minutes: time limit.
+        nodes: nodes.
+        tasks: tasks of a node.
     """
 
     cpus: int
     memory_gb: int
     gpus: int
     minutes: int
+    nodes: int = 1
+    tasks: int = 1
 
 
 def request(site: SiteConfig, stage: str) -> Request:
-    """What a task of `stage` asks for at `site`."""
+    """What a job of `stage` asks for at `site`; a training over several nodes has a task for each of its GPUs."""
     gpus = site.gpus if stage in GPU_STAGES else 0
-    return Request(cpus=site.cpus, memory_gb=site.memory_gb, gpus=gpus, minutes=site.minutes)
+    nodes = site.nodes if stage in TRAININGS else 1
+    tasks = max(1, gpus) if nodes > 1 else 1
+    return Request(site.cpus, site.memory_gb * tasks, gpus, site.minutes, nodes, tasks)
 
 
 def cpu_model() -> str:
@@ -195,10 +207,22 @@ class Place:
     meeting: str
 
 
+def meeting(first_node: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that tell the tasks of a Slurm step where they meet; none where the step has one task.
+
+    Args:
+        first_node: of the job.
+        environment: of a task.
+    """
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return {}
+    return {"MASTER_ADDR": first_node, "MASTER_PORT": str(FIRST_PORT + int(environment["SLURM_JOB_ID"]) % PORTS)}
+
+
 def place_in_step(environment: Mapping[str, str] = os.environ) -> Place | None:
     """Where this process stands in a training over several tasks; None where it trains alone.
 
-    The batch script says where the tasks meet (MASTER_ADDR, MASTER_PORT): without that, tasks of one step are strangers.
+    MASTER_ADDR and MASTER_PORT say where the tasks meet (see `meeting`): without them, tasks of one step are strangers.
     """
     size, address, port = (environment.get(name) for name in ("SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT"))
     if not (address and port and size and int(size) > 1):

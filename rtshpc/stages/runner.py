@@ -24,9 +24,9 @@ from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import SILENT, Progress, Record, locked, read_plan, write_json, write_record
 from rtshpc.hpc import books
-from rtshpc.hpc.attempt import OUT_OF_MEMORY
+from rtshpc.hpc.attempt import BAD_NODE_KIND, OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
-from rtshpc.hpc.site import code_version, cpu_model, node_name, of_the_node, place_in_step, refuse_bad_node
+from rtshpc.hpc.site import TRAININGS, code_version, cpu_model, node_name, of_the_node, place_in_step, refuse_bad_node
 
 LOCK_SECONDS = 30.0
 """How long an attempt waits for another one on the same cell to end, e.g. of a launcher just killed."""
@@ -83,15 +83,17 @@ def find_cell(paths: RunPaths, stage: str, task: str) -> str:
 
 
 def _follow(cell: Cell, paths: RunPaths) -> int:
-    """Train along with the first task of this step, which holds the cell and writes all there is to write."""
-    if cell.stage not in ("pretrain", "finetune") or finished(cell, paths) is not None:
+    """Train along with the first task of this step, which holds the cell and writes all but the reason of our failing."""
+    if cell.stage not in TRAININGS or finished(cell, paths) is not None:
         return 0
     _set_threads(cell)
     try:
+        refuse_bad_node(cell.config.site, cell.stage)
         importlib.import_module(f"rtshpc.stages.{cell.stage}").run(cell, paths, SILENT)
     except Exception as error:
-        print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
-        return 1
+        return _fail(paths, paths.cell(cell.id), None, error)
+    except SystemExit:
+        return 0  # told to stop: the first one has saved, and its exit code says so
     return 0
 
 
@@ -141,8 +143,8 @@ def missing_library(error: ModuleNotFoundError) -> Exception:
     )
 
 
-def _fail(paths: RunPaths, folder: CellPaths, number: int, error: Exception) -> int:
-    """Write failure.json, say why and close the books; a full disk must not hide the first error."""
+def _fail(paths: RunPaths, folder: CellPaths, number: int | None, error: Exception) -> int:
+    """Write failure.json, say why and close the books of attempt `number`; a full disk must not hide the first error."""
     if of_the_node(error):
         return _blame_node(paths, folder, number, error)
     if isinstance(error, ModuleNotFoundError):
@@ -155,18 +157,20 @@ def _fail(paths: RunPaths, folder: CellPaths, number: int, error: Exception) -> 
     facts = {"error": " ".join(text.split()), "kind": kind, "traceback": trace}
     with suppress(OSError):
         write_json(folder.failure, facts)
-        books.end(folder, number, "failed")
+        if number is not None:
+            books.end(folder, number, "failed")
     return 2 if mistake else 1
 
 
-def _blame_node(paths: RunPaths, folder: CellPaths, number: int, error: Exception) -> int:
+def _blame_node(paths: RunPaths, folder: CellPaths, number: int | None, error: Exception) -> int:
     """Say that the node is broken, where the batch script and later submissions look for it."""
     text = f"{node_name()} is broken: {' '.join(str(error).split())}"
     print(f"error: {text}", file=sys.stderr, flush=True)
     books.note_bad_node(paths, folder.root.name, text)
     with suppress(OSError):
-        write_json(folder.failure, {"error": text, "kind": "BadNode", "traceback": ""})
-        books.end(folder, number, books.BAD_NODE)
+        write_json(folder.failure, {"error": text, "kind": BAD_NODE_KIND, "traceback": ""})
+        if number is not None:
+            books.end(folder, number, books.BAD_NODE)
     return BAD_NODE
 
 

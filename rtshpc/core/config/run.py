@@ -163,7 +163,10 @@ class SiteConfig(Section):
     qos: Line = doc("Slurm quality of service", "")
     constraint: Line = doc("Slurm node features", "")
     wckey: Line = doc("Slurm workload key; empty = none is given", "")
-    gpus: int = doc("GPUs of a training job", 0, ge=0)
+    nodes: int = doc(
+        "nodes of a training; above 1 it runs as nodes x gpus tasks, one a GPU, with the same global batch", 1, ge=1
+    )
+    gpus: int = doc("GPUs of a training job, on each of its nodes", 0, ge=0)
     gpu_type: str = doc("GPU type as Slurm spells it, e.g. a100; empty = any", "", pattern=r"^[\w.-]*$")
     gres: Literal["gpus-per-node", "gres"] = doc(
         "how GPUs are asked for: --gpus-per-node=[TYPE:]N or --gres=gpu:[TYPE:]N", "gpus-per-node"
@@ -207,6 +210,12 @@ class SiteConfig(Section):
         for key in ("image_sha256", "dev_bind"):
             if getattr(self, key) and not self.image:
                 raise ValueError(f"{key} is given without image")
+        return self
+
+    @model_validator(mode="after")
+    def _over_nodes(self) -> SiteConfig:
+        if self.nodes > 1 and self.executor != "slurm":
+            raise ValueError(f"nodes = {self.nodes} needs executor: slurm")
         return self
 
 
