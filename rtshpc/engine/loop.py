@@ -122,6 +122,7 @@ class _Training:
         self.per_epoch = steps_per_epoch(len(self.train_set), config.batch_size)
         self.total = self.per_epoch * config.epochs
         self.detector = build(cell, paths).to(group.device).train()
+        self.detector.take_at_once(cell.config.site.micro_batch)
         self.frozen = self.detector.state_dict().keys() - trainable_state(self.detector).keys()
         self.model = group.wrap(self.detector, self.frozen)
         self.parameters = [parameter for _, parameter in optim.trainable(self.model)]

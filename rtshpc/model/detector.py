@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from rtshpc.core.config import ModelConfig
 from rtshpc.core.errors import ConfigError, ShapeError
 from rtshpc.model.detections import Detections
+from rtshpc.model.heads.box import BoxHead
 from rtshpc.model.heads.cascade import CascadeHeads
+from rtshpc.model.heads.mask import MaskHead
 from rtshpc.model.heads.rpn import RPN
 from rtshpc.model.heads.sampling import Draw
 from rtshpc.model.heads.standard import StandardHeads
@@ -92,6 +94,17 @@ class Detector(nn.Module):
         targets = [target.to(device) for target in targets]
         draws = [Draw(seed) for seed in seeds] if seeds is not None else [Draw(None)] * len(sizes)
         return self.losses(inputs, sizes, scales, targets, draws, self._drop_draws(draws, device))
+
+    def take_at_once(self, images: int) -> None:
+        """Train on less memory, to the same weights within rounding: see `Pyramid.at_once`; 0 = all images.
+
+        Box and mask heads, whose norms and means are over all boxes of the batch, keep all of it and recompute what
+        is cheap (`roi.recompute`).
+        """
+        self.backbone.at_once = images
+        for head in self.modules():
+            if isinstance(head, BoxHead | MaskHead):
+                head.recompute = self.model.roi.recompute or images > 0
 
     def detect(
         self, inputs: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], scales: Mapping[str, Any] | None

@@ -9,6 +9,7 @@ import pytest
 
 from rtshpc.core.cell import RESULT_VERSION, Cell
 from rtshpc.core.errors import RunError
+from rtshpc.core.grid import cells
 from rtshpc.core.load import load_run, write_run_config
 from rtshpc.core.records import Record, append_line, write_json, write_record
 from rtshpc.hpc.executor import Job
@@ -278,11 +279,34 @@ def test_a_retry_for_memory_gives_twice_of_it_and_names_the_way_out_for_a_gpus(p
     queue(programs, job)
     rows = run_status(plan.paths)["cells"]
     assert [one["oom"] for one in rows if one["id"] == small.id] == ["node"]
-    assert with_more_memory(plan.config, rows).site.memory_gb == 2 * plan.config.site.memory_gb
+    assert with_more_memory(plan.config, rows, plan.paths).site.memory_gb == 2 * plan.config.site.memory_gb
     error = {"error": "CUDA out of memory. Tried to allocate 2 GiB", "kind": "OutOfMemory"}
     write_json(plan.paths.cell(large.id).failure, error)
-    with pytest.raises(RunError, match=r"1 cells ran out of a GPU's memory \(measure .*--site NAME"):
-        with_more_memory(plan.config, run_status(plan.paths)["cells"])
+    with pytest.raises(RunError, match=r"1 cells ran out of a GPU's memory, measure .* at once: .*--site NAME"):
+        with_more_memory(plan.config, run_status(plan.paths)["cells"], plan.paths)
+
+
+def test_a_training_that_ran_out_of_a_gpus_memory_takes_half_as_many_chips_at_once_and_stays_the_same_cell(
+    plan: Plan, programs: Any
+) -> None:
+    cell = stage(plan, "pretrain")
+    error = {"error": "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB", "kind": "OutOfMemory"}
+    write_json(plan.paths.cell(cell.id).failure, error)
+    rows = run_status(plan.paths)["cells"]
+    config, taken = plan.config, []
+    for _ in range(2):
+        config = with_more_memory(config, rows, plan.paths)
+        taken.append(config.site.micro_batch)
+    batch = config.pretrain.batch_size
+    assert taken == [batch // 2, batch // 4] and config.site.memory_gb == plan.config.site.memory_gb
+    assert [one.id for one in cells(config, plan.fingerprint)] == [one.id for one in plan.cells]
+    with pytest.raises(RunError, match="with one chip on it at once"):
+        with_more_memory(
+            config.model_copy(update={"site": config.site.model_copy(update={"micro_batch": 1})}), rows, plan.paths
+        )
+    wide = config.site.model_copy(update={"nodes": 2, "gpus": 2, "micro_batch": 0, "executor": "slurm"})
+    with_nodes = with_more_memory(config.model_copy(update={"site": wide}), rows, plan.paths)
+    assert with_nodes.site.micro_batch == -(-batch // 4) // 2
 
 
 def test_a_retry_changes_nothing_but_the_site(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

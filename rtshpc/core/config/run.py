@@ -178,6 +178,9 @@ class SiteConfig(Section):
     )
     cpus: int = doc("cores of a job", 1, ge=1)
     memory_gb: int = doc("memory of a job, GB", 8, ge=1)
+    micro_batch: int = doc(
+        "chips of a training step that a process works on together, to the same weights; 0 = all of its share", 0, ge=0
+    )
     minutes: int = doc("time limit of a job, minutes", 240, ge=1)
     warn_seconds: int = doc("a task is told to save so long before its limit, s; Slurm may be 60 s early", 120, ge=1)
     requeue: Literal["never", "stopped", "killed"] = doc(
