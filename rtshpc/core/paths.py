@@ -102,9 +102,15 @@ class CellPaths:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The folder of one run, `runs/<name>/`."""
+    """The folder of one run, `runs/<name>/`.
+
+    Attributes:
+        root: the folder.
+        staged: a copy of its shards and their index nearer to this node, where there is one.
+    """
 
     root: Path
+    staged: Path | None = None
 
     @property
     def config(self) -> Path:
@@ -153,7 +159,8 @@ class RunPaths:
 
     @property
     def index(self) -> Path:
-        return self.shards / "index.json"
+        """What chips there are; of the copy where shards are staged."""
+        return (self.staged or self.shards) / "index.json"
 
     @property
     def rejected(self) -> Path:

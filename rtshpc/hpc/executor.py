@@ -68,6 +68,8 @@ def task_command(stage: str, run_dir: str, task: str) -> list[str]:
     folders = [paths.root, Path.cwd(), Path(config.data.root)]
     if config.pretrain.init != NO_FILE:
         folders.append(Path(config.pretrain.init).parent)
+    if scratch := os.environ.get(config.site.scratch):
+        folders.append(Path(scratch))
     return command(config.site, arguments, folders, sys.executable)
 
 

@@ -200,6 +200,7 @@ class SiteConfig(Section):
         "",
         pattern=r"^([A-Za-z_]\w*)?$",
     )
+    stage_shards: bool = doc("copy shards to the scratch folder once a node, and read them there", False)
     network_interface: Line = doc("interface for NCCL and GLOO, e.g. ib0; empty = their choice", "")
     image: str = doc("Apptainer image (.sif) the tasks run in; empty = this environment", "")
     image_sha256: str = doc("what that file must be; empty = any, and records say which", "", pattern=SHA256)
@@ -219,6 +220,8 @@ class SiteConfig(Section):
     def _over_nodes(self) -> SiteConfig:
         if self.nodes > 1 and self.executor != "slurm":
             raise ValueError(f"nodes = {self.nodes} needs executor: slurm")
+        if self.stage_shards and not self.scratch:
+            raise ValueError("stage_shards is given without scratch")
         return self
 
 
