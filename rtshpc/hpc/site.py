@@ -78,9 +78,14 @@ class Request:
 def request(site: SiteConfig, stage: str) -> Request:
     """What a job of `stage` asks for at `site`; a training over several nodes has a task for each of its GPUs."""
     gpus = site.gpus if stage in GPU_STAGES else 0
-    nodes = site.nodes if stage in TRAININGS else 1
-    tasks = max(1, gpus) if nodes > 1 else 1
+    nodes, tasks = (site.nodes, site.tasks) if stage in TRAININGS else (1, 1)
     return Request(site.cpus, site.memory_gb * tasks, gpus, site.minutes, nodes, tasks)
+
+
+def node_share(site: SiteConfig, gpus: float, cpus: float, memory_gb: float) -> float:
+    """Nodes that so much of them is charged as: the largest share of GPUs, cores or memory, of those the site tells."""
+    held = (gpus, site.node_gpus), (cpus, site.node_cpus), (memory_gb, site.node_memory_gb)
+    return max((amount / there for amount, there in held if there), default=0.0)
 
 
 def cpu_model() -> str:

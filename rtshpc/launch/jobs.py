@@ -155,7 +155,7 @@ def with_more_memory(config: RunConfig, rows: Iterable[Mapping[str, Any]], paths
     short = [row for row in rows if row["oom"]]
     changed: dict[str, int] = {}
     if any(row["oom"] == "node" for row in short):
-        changed["memory_gb"] = 2 * config.site.memory_gb
+        changed["memory_gb"] = _more_memory(config.site)
     if on_gpu := [row for row in short if row["oom"] == "gpu"]:
         at_once = [_chips_at_once(read_cell(paths.cell(str(row["id"])).config), config.site) for row in on_gpu]
         if min(at_once) < 2:
@@ -168,6 +168,17 @@ def with_more_memory(config: RunConfig, rows: Iterable[Mapping[str, Any]], paths
             )
         changed["micro_batch"] = min(at_once) // 2
     return config.model_copy(update={"site": config.site.model_copy(update=changed)})
+
+
+def _more_memory(site: SiteConfig) -> int:
+    """Twice a task's memory, or all that a node has."""
+    most = site.node_memory_gb // site.tasks or 2 * site.memory_gb
+    if most <= site.memory_gb:
+        raise RunError(
+            f"site.memory_gb = {site.memory_gb} is all that a node has (node_memory_gb = {site.node_memory_gb}); give a"
+            " site or partition with larger ones (--site NAME, --set site.partition=NAME)"
+        )
+    return min(most, 2 * site.memory_gb)
 
 
 def _chips_at_once(cell: Cell, site: SiteConfig) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rtshpc.core.cell import RESULT_VERSION, Cell
+from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import RunError
 from rtshpc.core.grid import cells
 from rtshpc.core.load import load_run, write_run_config
@@ -19,6 +20,7 @@ from rtshpc.launch.jobs import choose, with_more_memory
 from rtshpc.launch.plan import Plan, make_plan
 from rtshpc.launch.status import find_planned, run_status
 from rtshpc.launch.submit import Ledger, prepare
+from rtshpc.launch.usage import Taken, charge
 
 from .conftest import Launcher
 
@@ -251,6 +253,22 @@ def test_usage_adds_up_every_attempt_by_sacct_or_else_by_what_the_tasks_noted(
     assert main(["usage", run]) == 0
     out = capsys.readouterr().out
     assert "3.50 GPU-hours" in out and "7.00 charged" in out
+    silent = plan.config.site.model_copy(update={"accounting": False})
+    write_run_config(plan.paths.config, plan.config.model_copy(update={"site": silent}), {})
+    questions = len(programs.asked("sacct"))
+    assert asked()["source"] == "own books" and len(programs.asked("sacct")) == questions
+
+
+def test_node_hours_are_charged_by_the_largest_share_of_a_node_that_an_attempt_held() -> None:
+    facts = {"charge_per_node_hour": 10, "node_gpus": 4, "node_cpus": 64, "node_memory_gb": 256}
+    site = SiteConfig.model_validate(facts)
+    whole = Taken(end="done", oom=False, seconds=1800, gpus=8, cpus=16)
+    by_memory = Taken(end="failed", oom=True, seconds=3600, gpus=1, cpus=16, memory_bytes=192 << 30)
+    by_cores = Taken(end="done", oom=False, seconds=7200, gpus=0, cpus=8)
+    assert charge([whole], site) == 10.0
+    assert charge([by_memory], site) == 7.5
+    assert charge([by_cores, whole], site) == 12.5
+    assert charge([whole], SiteConfig()) is None
 
 
 def test_status_prints_a_line_a_cell_by_stage_and_watch_ends_when_nothing_works(

@@ -194,6 +194,15 @@ class SiteConfig(Section):
     charge_per_gpu_hour: float = doc(
         "what a GPU-hour costs, in the site's own unit; 0 = `usage` tells no price", 0.0, ge=0
     )
+    charge_per_node_hour: float = doc(
+        "what a node-hour costs; a job pays for the largest share of a node's GPUs, cores or memory that it holds",
+        0.0,
+        ge=0,
+    )
+    node_gpus: int = doc("GPUs of a node; 0 = unknown", 0, ge=0)
+    node_cpus: int = doc("cores of a node; 0 = unknown", 0, ge=0)
+    node_memory_gb: int = doc("memory of a node, GB; 0 = unknown", 0, ge=0)
+    accounting: bool = doc("ask sacct what jobs took; off where it is slow or not for users", True)
     modules: tuple[Line, ...] = doc("environment modules that a job loads, on the host", ())
     scratch: str = doc(
         "environment variable that names the scratch folder of a node; empty = none is used",
@@ -209,11 +218,30 @@ class SiteConfig(Section):
     )
     dev_bind: str = doc("clone whose code runs in place of the image's own; every record says so", "")
 
+    @property
+    def tasks(self) -> int:
+        """Tasks of a training on each of its nodes: over several nodes one a GPU."""
+        return max(1, self.gpus) if self.nodes > 1 else 1
+
     @model_validator(mode="after")
     def _of_an_image(self) -> SiteConfig:
         for key in ("image_sha256", "dev_bind"):
             if getattr(self, key) and not self.image:
                 raise ValueError(f"{key} is given without image")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_nodes(self) -> SiteConfig:
+        for key, count in (("gpus", 1), ("cpus", self.tasks), ("memory_gb", self.tasks)):
+            asked, there = count * getattr(self, key), getattr(self, f"node_{key}")
+            if 0 < there < asked:
+                raise ValueError(f"{key} = {getattr(self, key)} asks for {asked} of a node, node_{key} = {there}")
+        if self.charge_per_node_hour and self.charge_per_gpu_hour:
+            raise ValueError(
+                "charge_per_node_hour and charge_per_gpu_hour are both given; a site charges for one of them"
+            )
+        if self.charge_per_node_hour and not (self.node_gpus or self.node_cpus):
+            raise ValueError("charge_per_node_hour is given without node_gpus or node_cpus")
         return self
 
     @model_validator(mode="after")
