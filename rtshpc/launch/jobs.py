@@ -17,8 +17,8 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import write_json
 from rtshpc.hpc.accounting import ask_queue
 from rtshpc.hpc.site import TRAININGS, request
-from rtshpc.launch.status import CANCELLED, HELD_CELL, LOST_CELL, is_locked, read_ledger, read_plan, run_status
-from rtshpc.launch.submit import launcher_lock
+from rtshpc.launch.status import CANCELLED, HELD_CELL, LOST_CELL, is_locked, read_plan, run_status
+from rtshpc.launch.submit import launcher_lock, read_ledger
 
 POLL_SECONDS = 0.5
 """How often a followed log is read."""

@@ -20,10 +20,11 @@ from rtshpc.core.errors import ConfigError, RunError, guess
 from rtshpc.core.grid import finished, valid_record
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import Record, read_json, read_lines, read_record
+from rtshpc.core.records import Record, read_json, read_record
 from rtshpc.hpc import books
 from rtshpc.hpc.accounting import OUT_OF_MEMORY, Queued, Spent, ask_books, ask_queue, how_ended, why_waiting
 from rtshpc.launch.display import headline
+from rtshpc.launch.submit import read_ledger
 
 STATES = ("done", "running", "submitted", "unknown", "failed", "cancelled", "blocked", "waiting")
 """What a cell can be. `submitted`: Slurm has it; `unknown`: it was submitted and Slurm cannot be asked; `cancelled`: its job
@@ -85,11 +86,6 @@ def read_plan(paths: RunPaths) -> dict[str, Any]:
         what = "plan.json is not what a sweep writes" if paths.plan.exists() else "no plan.json"
         raise RunError(f"{paths.root}: {what}; run the sweep again, it goes on where it was")
     return plan
-
-
-def read_ledger(paths: RunPaths) -> list[dict[str, Any]]:
-    """The submissions of a run, oldest first; lines that name no cell and job are left out."""
-    return [row for row in read_lines(paths.ledger) if "cell" in row and "job" in row]
 
 
 def find_planned(paths: RunPaths, name: str) -> dict[str, Any]:

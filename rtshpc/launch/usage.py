@@ -17,7 +17,8 @@ from rtshpc.hpc import books
 from rtshpc.hpc.accounting import OUT_OF_MEMORY, Spent
 from rtshpc.hpc.books import BAD_NODE, LOST, STOPPED, Attempt
 from rtshpc.hpc.site import node_share
-from rtshpc.launch.status import accounted, is_locked, read_ledger, read_plan
+from rtshpc.launch.status import accounted, is_locked, read_plan
+from rtshpc.launch.submit import read_ledger
 
 GIB = 1 << 30
 HOUR = 3600.0
