@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RunError
 from rtshpc.hpc.site import Place, place_in_step
+from rtshpc.model.layers import share_batch_norms
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: a validation or a checkpoint on a slow disk is no hang."""
@@ -65,13 +66,16 @@ class Group:
     def wrap(self, model: nn.Module, frozen: Iterable[str] = ()) -> nn.Module:
         """`model` so that its gradients are means over processes; itself where there is one process.
 
-        Tensors named in `frozen` never change and are the same everywhere: they are not sent. On GPUs batch norms are synchronised; gloo has no such operation, so on CPUs each process
-        normalises its own chips.
+        Tensors named in `frozen` never change and are the same everywhere: they are not sent. Batch norms are over the
+        chips of all processes.
         """
         if self.size == 1:
             return model
-        if self.device.type == "cuda" and not getattr(model, "own_batch_norm_sync", False):
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if not getattr(model, "own_batch_norm_sync", False):
+            if self.device.type == "cuda":
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            else:
+                share_batch_norms(model)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(frozen))
         ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

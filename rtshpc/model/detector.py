@@ -129,6 +129,10 @@ class Detector(nn.Module):
         _, more = self.roi_heads(levels, [boxes for boxes, _ in proposals], sizes, targets, draws)
         return {**more, **losses}
 
+    def counted(self) -> dict[str, int]:
+        """Boxes that the last losses are means over, of those that are not means over images."""
+        return self.roi_heads.counted()
+
     def prepare(
         self, images: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]] | None = None
     ) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:

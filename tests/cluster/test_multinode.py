@@ -28,9 +28,6 @@ SETS = (
     "data.modalities={rgb: {bands: [red, green, blue]}}",
     "data.scenes.generated.scenes_per_site=10",
     "finetune.modalities=[rgb]",
-    # What is a mean over chips is the same however they are dealt: see docs/cluster.md.
-    "model.roi.norm=none",
-    "model.roi.mask=false",
     "pretrain.batch_size=4",
     "pretrain.reference_batch=4",
     "pretrain.learning_rate=1e-3",

@@ -93,12 +93,11 @@ def test_a_stop_signal_reaches_all_processes() -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_global_batch(paths: RunPaths, train: Callable[..., Any]) -> None:
-    """Without batch norm (which sees a process's chips only) and masks (whose loss is a mean over foreground
-    boxes of a process), every loss is a mean over chips, and three chips a step do not divide by two."""
+    """Batch norms, and losses that are means over boxes, are over those of both; three chips do not divide by two."""
     weights, curves = [], []
     for processes in (1, 2):
         training = {"processes": processes, "batch_size": 3, "epochs": 1, "clip_norm": 0.0, "learning_rate": 1e-3}
-        config = small_config(training, {"roi": {"norm": "none", "mask": False}})
+        config = small_config(training)
         cell = cell_of(config, "pretrain", "rgb")
         cell = cell.model_copy(update={"id": f"with-{processes}"})
         train(cell)
