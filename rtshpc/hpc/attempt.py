@@ -12,16 +12,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import BAD_NODE, STOP_SIGNALS, STOPPED
 from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import read_json, write_json
+from rtshpc.core.records import read_lines, write_json
 from rtshpc.hpc.books import bad_nodes
 
 EARLY_SECONDS = 60
@@ -29,9 +29,6 @@ EARLY_SECONDS = 60
 
 OUT_OF_MEMORY = "OutOfMemory"
 """Kind of a failure that more memory, or a smaller batch, would mend."""
-
-BAD_NODE_KIND = "BadNode"
-"""Kind of a failure that another node would mend."""
 
 LOG_TAIL = 1 << 16
 """Bytes at a log's end in which Slurm's last words are looked for."""
@@ -131,10 +128,7 @@ def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]
     site, cell = read_run_config(paths.config)[0].site, paths.cell(task)
     number = attempt_number(environment)
     words = last_words(place.stdout)
-    failure: Any = read_json(cell.failure)
-    if failure and int(environment.get("SLURM_NTASKS", "1")) > 1 and code != STOPPED:
-        # srun tells of the tasks that it killed for the one that failed, which has said why.
-        code = BAD_NODE if failure.get("kind") == BAD_NODE_KIND else 1
+    code = first_code(code, paths, cell, time.time() - seconds, environment)
     ended = Ended(
         code=code,
         seconds=seconds,
@@ -143,7 +137,7 @@ def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]
         # Slurm's own spelling: torch writes of memory in small letters.
         out_of_memory=b"oom-kill event" in words or b"Out Of Memory" in words,
         timed_out=b"DUE TO TIME LIMIT" in words,
-        explained=failure is not None,
+        explained=cell.failure.exists(),
         taken=taken_away(job),
     )
     verdict = judge(ended, site)
@@ -158,6 +152,23 @@ def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]
     if verdict.why and not (ended.misplaced and ended.explained):  # the task's own word names the node
         write_json(cell.failure, {"error": verdict.why, "kind": verdict.kind, "traceback": f"see {place.stdout}"})
     return f"attempt {number} of {stage} {task} ended with {code}: {verdict.why or 'nothing is left to do about it'}"
+
+
+def first_code(code: int, paths: RunPaths, cell: CellPaths, since: float, environment: Mapping[str, str]) -> int:
+    """Exit code of the task that failed first: of several, srun also tells of those that it ended for its sake.
+
+    Args:
+        code: srun's.
+        paths: the run.
+        cell: what they worked on; whoever failed has said why there.
+        since: when the attempt began, s since 1970.
+        environment: of the job.
+    """
+    job = job_name(environment)
+    if any(row.get("job") == job and float(row.get("time", 0)) >= since for row in read_lines(paths.bad_nodes)):
+        return BAD_NODE
+    several = int(environment.get("SLURM_NTASKS", "1")) > 1
+    return 1 if several and code != STOPPED and cell.failure.exists() else code
 
 
 def job_name(environment: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import append_line, read_lines
-from rtshpc.hpc.site import node_name
+from rtshpc.hpc.site import node_name, place_in_step
 
 LOST = "lost"
 """How an attempt ended that could not say it: killed, out of memory, or with its node."""
@@ -84,13 +84,17 @@ def end(folder: CellPaths, number: int, how: str) -> None:
     """Note that attempt `number`, which this process made, ends, and what it took; a full disk is passed over."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     torch = sys.modules.get("torch")
+    place = place_in_step()
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
     taken = {
         "attempt": number,
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "how": how,
         "peak_bytes": max(own.ru_maxrss, children.ru_maxrss) * 1024,
-        "cpu_s": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 1),
+        # Of the tasks of a training this one alone writes here; the others have worked as much.
+        "cpu_s": round(
+            (place.size if place else 1) * (own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime), 1
+        ),
         "gpu_peak_bytes": int(torch.cuda.max_memory_reserved()) if torch is not None and on_gpu else None,
     }
     with suppress(OSError):

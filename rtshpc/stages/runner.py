@@ -24,7 +24,7 @@ from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import SILENT, Progress, Record, locked, read_plan, write_json, write_record
 from rtshpc.hpc import books
-from rtshpc.hpc.attempt import BAD_NODE_KIND, OUT_OF_MEMORY
+from rtshpc.hpc.attempt import OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
 from rtshpc.hpc.site import TRAININGS, code_version, cpu_model, node_name, of_the_node, place_in_step, refuse_bad_node
 
@@ -168,7 +168,7 @@ def _blame_node(paths: RunPaths, folder: CellPaths, number: int | None, error: E
     print(f"error: {text}", file=sys.stderr, flush=True)
     books.note_bad_node(paths, folder.root.name, text)
     with suppress(OSError):
-        write_json(folder.failure, {"error": text, "kind": BAD_NODE_KIND, "traceback": ""})
+        write_json(folder.failure, {"error": text, "kind": "BadNode", "traceback": ""})
         if number is not None:
             books.end(folder, number, books.BAD_NODE)
     return BAD_NODE
