@@ -42,7 +42,7 @@ def test_a_batch_in_parts_has_the_losses_gradients_and_statistics_of_the_whole(
     largest = max(float(value.norm()) for name, value in whole.items() if name.startswith("gradient"))
     for name, value in whole.items():
         room = 1e-5 * (largest if name.startswith("gradient") else float(value.float().norm()))
-        assert float((parts[name].float() - value.float()).norm()) <= 1e-4 * float(value.float().norm()) + room, name
+        assert float((parts[name].float() - value.float()).norm()) <= 1e-3 * float(value.float().norm()) + room, name
 
 
 def test_of_a_batch_in_parts_less_is_kept_for_backward_and_nothing_changes_where_nothing_trains(
