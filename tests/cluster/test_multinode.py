@@ -76,7 +76,7 @@ def sweep(login: Login, *sets: str) -> None:
     assert "1 cells submitted" in answer.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_trains_over_two_nodes_with_two_tasks_each_to_the_weights_of_one_process(shards: Login) -> None:
     sweep(shards, *SETS, *WIDE)
     job = next(iter(shards.lab.queue()))
