@@ -33,13 +33,16 @@ SETS = (
     "site.scratch=LAB_SCRATCH",
     "measure.modality_sets=[[rgb], [ndvi]]",
 )
-SOUND = "a1n1,a1n2"
-BOTH = ("a5n1,a5n2", "a5n[1-2]")
+SPARE = "a1n1,a1n2"
+GPU, DISK = "a5n1", "a5n2"
+WHY = {GPU: "GPU is lost", DISK: "Read-only file system"}
 
 
 @pytest.fixture
-def broken(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """a5n1 has lost its GPU, a5n2 cannot write its scratch folder, and the others are kept away from jobs."""
+def broken(
+    request: pytest.FixtureRequest, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Generator[tuple[str, ...]]:
+    """GPU has lost its GPU, DISK (where asked for) cannot write its scratch folder, and spare nodes take no jobs."""
     programs, scratch = tmp_path / "bin", tmp_path / "scratch"
     programs.mkdir()
     scratch.mkdir()
@@ -50,38 +53,43 @@ def broken(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generat
     monkeypatch.setenv("PATH", f"{programs}:{lab.environment['PATH']}")
     monkeypatch.setenv("LAB_SCRATCH", str(scratch))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    node = (lab.root / "run" / "node.a5n2.pid").read_text()
+    node = (lab.root / "run" / f"node.{DISK}.pid").read_text()
     inside = ["nsenter", "--mount", "--target", node]
-    subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(scratch)], check=True)
-    lab("scontrol", "update", f"NodeName={SOUND}", "State=DRAIN", "Reason=test")
-    yield
-    lab("scontrol", "update", f"NodeName={SOUND}", "State=RESUME", check=False)  # the test may have done so
-    subprocess.run([*inside, "umount", str(scratch)], check=True)
+    if DISK in request.param:
+        subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(scratch)], check=True)
+    lab("scontrol", "update", f"NodeName={SPARE}", "State=DRAIN", "Reason=test")
+    yield request.param
+    lab("scontrol", "update", f"NodeName={SPARE}", "State=RESUME", check=False)  # the test may have done so
+    if DISK in request.param:
+        subprocess.run([*inside, "umount", str(scratch)], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("broken")
-def test_a_task_that_meets_a_lost_gpu_and_a_dead_scratch_ends_on_a_third_node_and_later_jobs_avoid_both(
-    login: Login,
+@pytest.mark.parametrize(
+    "broken",
+    [pytest.param((GPU,), marks=pytest.mark.slow), pytest.param((GPU, DISK), marks=pytest.mark.full)],
+    ids=["lost gpu", "lost gpu, dead disk"],
+    indirect=True,
+)
+def test_a_task_that_meets_broken_nodes_ends_on_a_sound_one_and_later_jobs_avoid_them(
+    login: Login, broken: tuple[str, ...]
 ) -> None:
+    avoided = (",".join(broken), "a5n[1-2]" if DISK in broken else "")
     lab, plan = login.lab, make_plan(load_run(login.sweep, SETS), login.runs)
     prepare(plan)
     first, second = (cell for cell in plan.cells if cell.stage == "measure")
     own = plan.paths.cell(first.id)
     job = submit(plan.config.site, plan.paths, "measure", [first.id])[0].id
-    wait_for("both are avoided", lambda: lab.job(job)["ExcNodeList"] in BOTH, 60)
-    wait_for("it is in the queue", lambda: lab.job(job)["JobState"] == "PENDING", 60)
+    wait_for("they are avoided", lambda: lab.job(job)["ExcNodeList"] in avoided, 60)
     assert not own.record.exists()
 
     later = submit(plan.config.site, plan.paths, "measure", [second.id])[0].id
-    assert lab.job(later)["ExcNodeList"] in BOTH
+    assert lab.job(later)["ExcNodeList"] in avoided
     lab("scancel", later)
 
-    lab("scontrol", "update", f"NodeName={SOUND}", "State=RESUME")
+    lab("scontrol", "update", f"NodeName={SPARE}", "State=RESUME")
     lab.wait_until_empty(60)
     record = read_record(own.record)
-    assert record is not None and record.attempts == 3
-    assert record.environment["host"] in SOUND.split(",")
-    assert [one.how for one in attempts(own)] == ["bad node", "bad node", "done"]
+    assert record is not None and record.environment["host"] not in broken
+    assert [one.how for one in attempts(own)] == [*["bad node"] * len(broken), "done"]
     told = {row["node"]: row["why"] for row in read_lines(plan.paths.bad_nodes)}
-    assert "GPU is lost" in told["a5n1"] and "Read-only file system" in told["a5n2"]
+    assert told.keys() == set(broken) and all(WHY[node] in told[node] for node in broken)
