@@ -14,6 +14,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 75
 """Exit code of a task that was told to stop and has saved what it had (EX_TEMPFAIL): it can go on from there."""
 
+BAD_NODE = 69
+"""Exit code of a task whose node or GPU does not do its work (EX_UNAVAILABLE): on another node it could go on."""
+
 
 class RtshpcError(Exception):
     """A mistake of the user or of the data: printed as one line, exit code 2, no traceback."""
@@ -37,6 +40,10 @@ class ShapeError(RtshpcError, ValueError):
 
 class MissingExtra(RtshpcError):
     """A library of an optional extra is needed here and is not installed."""
+
+
+class BadNode(Exception):
+    """The node of a task, or a GPU of it, does not do its work: no fault of the task, which another node may do."""
 
 
 class SceneRejected(Exception):

@@ -102,9 +102,15 @@ class CellPaths:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The folder of one run, `runs/<name>/`."""
+    """The folder of one run, `runs/<name>/`.
+
+    Attributes:
+        root: the folder.
+        staged: a copy of its shards and their index nearer to this node, where there is one.
+    """
 
     root: Path
+    staged: Path | None = None
 
     @property
     def config(self) -> Path:
@@ -117,6 +123,11 @@ class RunPaths:
     @property
     def ledger(self) -> Path:
         return self.root / "ledger.jsonl"
+
+    @property
+    def bad_nodes(self) -> Path:
+        """One JSON object a line: nodes that tasks found broken, and what they saw; new jobs avoid them."""
+        return self.root / "bad_nodes.jsonl"
 
     @property
     def lock(self) -> Path:
@@ -148,7 +159,8 @@ class RunPaths:
 
     @property
     def index(self) -> Path:
-        return self.shards / "index.json"
+        """What chips there are; of the copy where shards are staged."""
+        return (self.staged or self.shards) / "index.json"
 
     @property
     def rejected(self) -> Path:

@@ -92,6 +92,26 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+@contextmanager
+def locked(path: Path, seconds: float, busy: str) -> Generator[None]:
+    """Hold the lock file `path`; it is let go with the process, however that ends.
+
+    Raises:
+        RunError: `busy`, when another process holds it for so many seconds.
+    """
+    with path.open("w") as file:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunError(busy) from None
+                time.sleep(0.05)
+        yield
+
+
 def append_line(path: Path, value: Any) -> None:
     """Add one JSON object to a JSON-lines file; see `append_lines`."""
     append_lines(path, [value])

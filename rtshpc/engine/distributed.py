@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,10 +22,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RunError
 from rtshpc.hpc.site import Place, place_in_step
+from rtshpc.model.layers import share_batch_norms
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: a validation or a checkpoint on a slow disk is no hang."""
 
+LOST_OTHERS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "pair closure",
+    "failed to recv",
+    "remote process exited",
+)
+"""What gloo, NCCL and the store say when another process has gone, in small letters."""
+
+END_SECONDS = 60.0
+"""So long a task that lost another one waits for Slurm to end the step."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -52,13 +66,16 @@ class Group:
     def wrap(self, model: nn.Module, frozen: Iterable[str] = ()) -> nn.Module:
         """`model` so that its gradients are means over processes; itself where there is one process.
 
-        Tensors named in `frozen` never change and are the same everywhere: they are not sent. On GPUs batch norms are synchronised; gloo has no such operation, so on CPUs each process
-        normalises its own chips.
+        Tensors named in `frozen` never change and are the same everywhere: they are not sent. Batch norms are over the
+        chips of all processes.
         """
         if self.size == 1:
             return model
-        if self.device.type == "cuda" and not getattr(model, "own_batch_norm_sync", False):
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if not getattr(model, "own_batch_norm_sync", False):
+            if self.device.type == "cuda":
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            else:
+                share_batch_norms(model)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(frozen))
         ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -76,6 +93,11 @@ class Group:
         value = torch.tensor(flag, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
+
+    def wait(self) -> None:
+        """Return when all processes are here."""
+        if self.size > 1:
+            dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, by rank."""
@@ -197,9 +219,15 @@ def _join(own: Place, work: Work, device: str, arguments: tuple[Any, ...]) -> An
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=own.meeting, rank=own.rank, world_size=own.size, timeout=TIMEOUT)
     try:
-        result = work(Group(own.rank, own.size, chosen), *arguments)
-        dist.barrier()
+        group = Group(own.rank, own.size, chosen)
+        result = work(group, *arguments)
+        group.wait()
         return result
+    except RuntimeError as error:
+        if any(word in str(error).lower() for word in LOST_OTHERS):
+            # The one that failed first says why, and Slurm ends us with it; else this is the reason after all.
+            time.sleep(END_SECONDS)
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -122,6 +122,7 @@ class _Training:
         self.per_epoch = steps_per_epoch(len(self.train_set), config.batch_size)
         self.total = self.per_epoch * config.epochs
         self.detector = build(cell, paths).to(group.device).train()
+        self.detector.take_at_once(cell.config.site.micro_batch)
         self.frozen = self.detector.state_dict().keys() - trainable_state(self.detector).keys()
         self.model = group.wrap(self.detector, self.frozen)
         self.parameters = [parameter for _, parameter in optim.trainable(self.model)]
@@ -197,14 +198,15 @@ class _Training:
             given = {"sizes": own.sizes, "scales": own.scales} if own.scales else {}
             found = self.model(own.images, own.targets, own.seeds, **given)
             losses = {name: value.float() for name, value in found.items()}
-        loss = torch.stack(list(losses.values())).sum() * batch.step.weight
+        shares = self._shares(losses, batch.step.weight)
+        loss = (torch.stack(list(losses.values())) * shares).sum()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = optim.clip_gradients(self.parameters, self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        values, grad_norm = self._values(losses, norm, batch.step.weight)
+        values, grad_norm = self._values(losses, norm, shares)
         total = sum(values.values())
         self._check_finite(values, grad_norm, step)
         position.step, position.done, position.loss_sum = step, batch.step.number, position.loss_sum + total
@@ -214,11 +216,28 @@ class _Training:
             self.journal.train({**row, "grad_norm": grad_norm})
         self.progress("train", step, self.total, f"loss {total:.3f}")
 
+    def _shares(self, losses: Mapping[str, Tensor], weight: float) -> Tensor:
+        """Factors (losses,) with which means over this process's chips or boxes have the mean over all of theirs.
+
+        Args:
+            losses: each a mean over chips, or over the boxes that the detector has counted.
+            weight: of a mean over chips; 0 where the process has none.
+        """
+        shares = torch.full((len(losses),), weight, device=self.group.device)
+        counted = self.detector.counted() if self.group.size > 1 else {}
+        if counted:
+            own = torch.tensor([counted.get(name, 0) if weight else 0 for name in losses], dtype=shares.dtype)
+            own = own.to(shares.device)
+            every = self.group.sum(own.clone())
+            told = torch.tensor([name in counted for name in losses], device=shares.device)
+            shares = torch.where(told, own * self.group.size / every.clamp(min=1), shares)
+        return shares
+
     def _values(
-        self, losses: Mapping[str, Tensor], norm: Tensor, weight: float
+        self, losses: Mapping[str, Tensor], norm: Tensor, shares: Tensor
     ) -> tuple[dict[str, float], float | None]:
         """Losses, as means over the global batch, and the gradients' norm (None if not finite)."""
-        own = torch.stack([*losses.values()]).detach() * (weight / self.group.size)
+        own = torch.stack([*losses.values()]).detach() * (shares / self.group.size)
         numbers = [*self.group.sum(own).tolist(), float(norm)]
         norm_value = numbers.pop()
         return dict(zip(losses, numbers, strict=True)), norm_value if math.isfinite(norm_value) else None
@@ -308,6 +327,7 @@ class _Training:
         """Save what is new; a checkpoint's time tells the scheduler whether this attempt got anywhere."""
         if (self.position.epoch, self.position.step) != self.saved:
             self._save()
+        self.group.wait()  # who leaves first would have Slurm end the one that saves
         raise Preempted
 
     def _save(self) -> None:

@@ -2,7 +2,8 @@
 
 The batch script calls it, on the host, so that no image needs Slurm's programs. A task that was told to stop, or was
 killed without a word, goes back into the queue inside its own job: what depends on that job stays. Only this element
-is queued again, never its array. A task that failed is not: it would fail again.
+is queued again, never its array; one that found its node broken avoids it from then on. A task that failed is not: it
+would fail again.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rtshpc.core.config import SiteConfig
-from rtshpc.core.errors import STOP_SIGNALS, STOPPED
+from rtshpc.core.errors import BAD_NODE, STOP_SIGNALS, STOPPED
 from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import write_json
+from rtshpc.core.records import read_lines, write_json
+from rtshpc.hpc.books import bad_nodes
 
 EARLY_SECONDS = 60
 """Slurm gives the warning before a time limit up to so much earlier than asked."""
@@ -64,6 +67,11 @@ class Ended:
         return self.code in (STOPPED, *(128 + number for number in STOP_SIGNALS))
 
     @property
+    def misplaced(self) -> bool:
+        """Whether it found its node broken."""
+        return self.code == BAD_NODE
+
+    @property
     def killed(self) -> bool:
         """Whether it was killed without a word."""
         return self.code == 128 + signal.SIGKILL
@@ -82,10 +90,12 @@ def judge(ended: Ended, site: SiteConfig) -> Verdict:
     """What to do about an attempt that ended without a record."""
     if ended.out_of_memory:
         return Verdict(False, OUT_OF_MEMORY, f"out of memory: it had site.memory_gb = {site.memory_gb}")
-    if not (ended.told or ended.killed):
+    if not (ended.told or ended.killed or ended.misplaced):
         return Verdict(False) if ended.explained else _failed(ended.code)
-    how = "was told to stop" if ended.told else "was killed (SIGKILL)"
-    late = ended.timed_out or ended.seconds >= site.minutes * 60 - site.warn_seconds - EARLY_SECONDS
+    how = "was told to stop" if ended.told else "was killed (SIGKILL)" if ended.killed else "found its node broken"
+    late = not ended.misplaced and (
+        ended.timed_out or ended.seconds >= site.minutes * 60 - site.warn_seconds - EARLY_SECONDS
+    )
     if ended.taken and not ended.timed_out:
         return Verdict(False, "Taken")
     if late and not ended.advanced:
@@ -118,6 +128,7 @@ def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]
     site, cell = read_run_config(paths.config)[0].site, paths.cell(task)
     number = attempt_number(environment)
     words = last_words(place.stdout)
+    code = first_code(code, paths, cell, time.time() - seconds, environment)
     ended = Ended(
         code=code,
         seconds=seconds,
@@ -133,11 +144,31 @@ def settle(folder: Path, code: int, seconds: int, environment: Mapping[str, str]
     if verdict.again:
         refused = requeue(job)
         if not refused:
+            if ended.misplaced:  # Slurm takes this of jobs that wait, so it comes after
+                broken = bad_nodes(paths) or {environment.get("SLURMD_NODENAME", ""): ""}
+                print(f"rtshpc: job {job} avoids {', '.join(broken)}{avoid(job, broken)}", file=sys.stderr)
             return f"attempt {number} of {stage} {task} ended with {code}; job {job} is in the queue again"
         verdict = Verdict(False, "Killed", f"it ended with {code} and could not be queued again: {refused}")
-    if verdict.why:
+    if verdict.why and not (ended.misplaced and ended.explained):  # the task's own word names the node
         write_json(cell.failure, {"error": verdict.why, "kind": verdict.kind, "traceback": f"see {place.stdout}"})
     return f"attempt {number} of {stage} {task} ended with {code}: {verdict.why or 'nothing is left to do about it'}"
+
+
+def first_code(code: int, paths: RunPaths, cell: CellPaths, since: float, environment: Mapping[str, str]) -> int:
+    """Exit code of the task that failed first: of several, srun also tells of those that it ended for its sake.
+
+    Args:
+        code: srun's.
+        paths: the run.
+        cell: what they worked on; whoever failed has said why there.
+        since: when the attempt began, s since 1970.
+        environment: of the job.
+    """
+    job = job_name(environment)
+    if any(row.get("job") == job and float(row.get("time", 0)) >= since for row in read_lines(paths.bad_nodes)):
+        return BAD_NODE
+    several = int(environment.get("SLURM_NTASKS", "1")) > 1
+    return 1 if several and code != STOPPED and cell.failure.exists() else code
 
 
 def job_name(environment: Mapping[str, str]) -> str:
@@ -183,6 +214,13 @@ def requeue(job: str) -> str:
     """Put one job, or one element of an array, back into the queue; why not, else nothing."""
     answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
     return " ".join(answer.stderr.split()) if answer.returncode else ""
+
+
+def avoid(job: str, nodes: Iterable[str]) -> str:
+    """Keep a waiting job off nodes; why not, else nothing."""
+    asked = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}"]
+    answer = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
+    return f": {' '.join(answer.stderr.split())}" if answer.returncode else ""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,20 +11,28 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from rtshpc.core.paths import CellPaths
+from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import append_line, read_lines
+from rtshpc.hpc.site import node_name, place_in_step
 
 LOST = "lost"
 """How an attempt ended that could not say it: killed, out of memory, or with its node."""
 
 STOPPED = "stopped"
 """How an attempt ended that saved its state and left on a signal."""
+
+BAD_NODE = "bad node"
+"""How an attempt ended that found its node or GPU broken."""
+
+AVOIDED_HOURS = 24.0
+"""So long new jobs of a run avoid a node that one of its tasks found broken: it may be mended by then."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Attempt:
         gpus: GPUs it had.
         cpus: cores it had; 0 where unknown.
         seconds: wall time; None while it runs.
-        how: done, failed, stopped (saved and left on a signal) or lost; empty while it runs.
+        how: done, failed, stopped (saved and left on a signal), bad node or lost; empty while it runs.
         memory_bytes: memory that Slurm gave it; None outside Slurm.
         peak_bytes: highest resident memory of a process of it; None when it could not say.
         cpu_s: processor time of all its processes, s; None when it could not say.
@@ -76,17 +84,36 @@ def end(folder: CellPaths, number: int, how: str) -> None:
     """Note that attempt `number`, which this process made, ends, and what it took; a full disk is passed over."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     torch = sys.modules.get("torch")
+    place = place_in_step()
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
     taken = {
         "attempt": number,
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "how": how,
         "peak_bytes": max(own.ru_maxrss, children.ru_maxrss) * 1024,
-        "cpu_s": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 1),
+        # Of the tasks of a training this one alone writes here; the others have worked as much.
+        "cpu_s": round(
+            (place.size if place else 1) * (own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime), 1
+        ),
         "gpu_peak_bytes": int(torch.cuda.max_memory_reserved()) if torch is not None and on_gpu else None,
     }
     with suppress(OSError):
         append_line(folder.spent, taken)
+
+
+def note_bad_node(paths: RunPaths, cell: str, why: str) -> None:
+    """Note that a task of `cell` found the node it runs on broken; a disk that takes no line is passed over."""
+    job = _given()["job"]
+    facts = {"node": node_name(), "cell": cell, "job": job, "why": why, "time": time.time()}
+    with suppress(OSError):
+        append_line(paths.bad_nodes, facts)
+
+
+def bad_nodes(paths: RunPaths) -> dict[str, str]:
+    """Nodes that tasks of the run found broken in the last AVOIDED_HOURS, by name, and what they saw."""
+    since = time.time() - AVOIDED_HOURS * 3600
+    rows = [row for row in read_lines(paths.bad_nodes) if "node" in row and float(row.get("time", 0)) >= since]
+    return dict(sorted((str(row["node"]), str(row.get("why", ""))) for row in rows))
 
 
 def attempts(folder: CellPaths, running: bool = False) -> list[Attempt]:

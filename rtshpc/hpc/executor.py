@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,10 @@ from rtshpc.core.paths import CellPaths, RunPaths, make_private, write_alone
 from rtshpc.core.records import write_json
 from rtshpc.hpc.accounting import ask_queue
 from rtshpc.hpc.attempt import attempt_number
+from rtshpc.hpc.books import bad_nodes
 from rtshpc.hpc.container import command, refuse_image, refuse_start
 from rtshpc.hpc.sbatch import parameters
-from rtshpc.hpc.site import request
+from rtshpc.hpc.site import meeting, request
 
 LAUNCHER = "RTSHPC_LAUNCHER"
 """Environment variable of local tasks: process id and start time of their launcher."""
@@ -67,6 +68,8 @@ def task_command(stage: str, run_dir: str, task: str) -> list[str]:
     folders = [paths.root, Path.cwd(), Path(config.data.root)]
     if config.pretrain.init != NO_FILE:
         folders.append(Path(config.pretrain.init).parent)
+    if scratch := os.environ.get(config.site.scratch):
+        folders.append(Path(scratch))
     return command(config.site, arguments, folders, sys.executable)
 
 
@@ -84,11 +87,19 @@ def become(stage: str, run_dir: str, task: str) -> None:
         sys.exit(STOPPED)  # after lost nodes, which Slurm itself queues again without end
     if os.getpid() != os.getpgrp():  # a step of Slurm leads its group, and could lead no session
         os.setsid()
+    os.environ.update(meeting(_first_node()))
     try:
         line = task_command(stage, run_dir, task)
         os.execvp(line[0], line)  # noqa: S606 - an argument list, no shell
     except (RtshpcError, OSError) as error:
         _give_up(RunPaths(Path(run_dir)).cell(task), error)
+
+
+def _first_node() -> str:
+    """The first node of the Slurm job that Submitit runs us in; empty elsewhere."""
+    import submitit
+
+    return submitit.JobEnvironment().hostnames[0] if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else ""
 
 
 def _give_up(cell: CellPaths, error: RtshpcError | OSError) -> None:
@@ -120,7 +131,7 @@ def submit(site: SiteConfig, paths: RunPaths, stage: str, tasks: Sequence[str], 
         RunError: the site cannot be submitted to from here, or Slurm refuses the jobs.
     """
     folder = make_private(paths.logs / stage)
-    executor = _executor(site, folder, stage, dependency)
+    executor = _executor(site, folder, stage, dependency, bad_nodes(paths))
     function: Callable[[str, str, str], None] = call if site.executor == "debug" else become
     run_dir = str(paths.root)
     with shielded(site.executor == "local"), _told_in_one_line(site, stage):
@@ -141,7 +152,7 @@ def script(site: SiteConfig, paths: RunPaths, stage: str, tasks: int, dependency
     Raises:
         RunError: the site cannot be submitted to from here.
     """
-    executor = _executor(site, paths.logs / stage, stage, dependency)
+    executor = _executor(site, paths.logs / stage, stage, dependency, bad_nodes(paths))
     if tasks > 1:
         executor.parameters["map_count"] = tasks  # as Submitit does for an array
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
@@ -221,11 +232,11 @@ def _bare_executor(site: SiteConfig, folder: Path) -> Any:
         raise RunError(f"site {site.name}: executor = {site.executor} cannot be used here: {error}") from None
 
 
-def _executor(site: SiteConfig, folder: Path, stage: str, dependency: str) -> Any:
+def _executor(site: SiteConfig, folder: Path, stage: str, dependency: str, avoid: Iterable[str]) -> Any:
     """A Submitit executor with the site's request."""
     executor = _bare_executor(site, folder)
     if site.executor == "slurm":
-        executor.update_parameters(**parameters(site, stage, folder.absolute(), dependency))
+        executor.update_parameters(**parameters(site, stage, folder.absolute(), dependency, avoid))
     elif site.executor == "local":
         asked = request(site, stage)
         executor.update_parameters(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.hpc.site import request
 
 
-def parameters(site: SiteConfig, stage: str, folder: Path, dependency: str = "") -> dict[str, Any]:
+def parameters(
+    site: SiteConfig, stage: str, folder: Path, dependency: str = "", avoid: Iterable[str] = ()
+) -> dict[str, Any]:
     """Parameters of Submitit's Slurm executor for jobs of one stage.
 
     Args:
@@ -22,10 +25,13 @@ def parameters(site: SiteConfig, stage: str, folder: Path, dependency: str = "")
         stage: says what is asked for.
         folder: of the scripts, pickles and logs.
         dependency: as sbatch spells it, e.g. `afterok:12_3`; empty = none.
+        avoid: nodes that are not to be used.
     """
     asked = request(site, stage)
     gpus = f"{site.gpu_type}:{asked.gpus}" if site.gpu_type else str(asked.gpus)
     extra: dict[str, Any] = {"no-requeue" if site.requeue == "never" else "requeue": True}
+    # Else the others of a training would wait for the one that failed.
+    together = ["--kill-on-bad-exit=1"] if asked.nodes * asked.tasks > 1 else []
     if dependency:
         # Without it a job whose dependency failed stays in the queue for ever.
         extra["kill-on-invalid-dep"] = "yes"
@@ -36,9 +42,10 @@ def parameters(site: SiteConfig, stage: str, folder: Path, dependency: str = "")
         "qos": site.qos or None,
         "constraint": site.constraint or None,
         "wckey": site.wckey or None,
+        "exclude": ",".join(avoid) or None,
         "time": asked.minutes,
-        "nodes": 1,
-        "ntasks_per_node": 1,
+        "nodes": asked.nodes,
+        "ntasks_per_node": asked.tasks,
         "cpus_per_task": asked.cpus,
         "mem": f"{asked.memory_gb}GB",
         "gpus_per_node": gpus if asked.gpus and site.gres == "gpus-per-node" else None,
@@ -48,7 +55,7 @@ def parameters(site: SiteConfig, stage: str, folder: Path, dependency: str = "")
         "signal_delay_s": site.warn_seconds,
         "stderr_to_stdout": True,
         # Since Slurm 22.05 a step does not take it over from its job, and would be held to one core.
-        "srun_args": [f"--cpus-per-task={asked.cpus}"],
+        "srun_args": [f"--cpus-per-task={asked.cpus}", *together],
         "setup": before(site),
         "teardown": after(folder),
         "additional_parameters": extra,

@@ -9,13 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rtshpc.core.config import RunConfig
+from rtshpc.core.cell import Cell
+from rtshpc.core.config import RunConfig, SiteConfig
 from rtshpc.core.errors import RunError
+from rtshpc.core.load import read_cell
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import write_json
 from rtshpc.hpc.accounting import ask_queue
-from rtshpc.launch.status import CANCELLED, HELD_CELL, LOST_CELL, is_locked, read_ledger, read_plan, run_status
-from rtshpc.launch.submit import launcher_lock
+from rtshpc.hpc.site import TRAININGS, request
+from rtshpc.launch.status import CANCELLED, HELD_CELL, LOST_CELL, is_locked, read_plan, run_status
+from rtshpc.launch.submit import launcher_lock, read_ledger
 
 POLL_SECONDS = 0.5
 """How often a followed log is read."""
@@ -143,20 +146,50 @@ def refuse_other_keys(sets: Iterable[str]) -> None:
             raise RunError(f"--set {text}: retry takes keys of the site alone; other keys are for `sweep`")
 
 
-def with_more_memory(config: RunConfig, rows: Iterable[Mapping[str, Any]]) -> RunConfig:
-    """A run's config whose site gives twice the memory, for cells that ran out of their node's.
+def with_more_memory(config: RunConfig, rows: Iterable[Mapping[str, Any]], paths: RunPaths) -> RunConfig:
+    """A run's config for cells that ran out of memory: twice their node's, or half the chips on a GPU at once.
 
     Raises:
-        RunError: some ran out of a GPU's, which no request for memory mends.
+        RunError: some ran out of a GPU's memory, and it is no training or takes one chip at once already.
     """
-    gpu = [str(row["label"]) for row in rows if row["oom"] == "gpu"]
-    if gpu:
-        way_out = (
-            "give a site or partition with larger ones (--site NAME, --set site.partition=NAME), see docs/memory.md"
+    short = [row for row in rows if row["oom"]]
+    changed: dict[str, int] = {}
+    if any(row["oom"] == "node" for row in short):
+        changed["memory_gb"] = _more_memory(config.site)
+    if on_gpu := [row for row in short if row["oom"] == "gpu"]:
+        at_once = [_chips_at_once(read_cell(paths.cell(str(row["id"])).config), config.site) for row in on_gpu]
+        if min(at_once) < 2:
+            label = str(on_gpu[at_once.index(min(at_once))]["label"])
+            way_out = (
+                "give a site or partition with larger ones (--site NAME, --set site.partition=NAME), see docs/memory.md"
+            )
+            raise RunError(
+                f"{len(on_gpu)} cells ran out of a GPU's memory, {label} with one chip on it at once: {way_out}"
+            )
+        changed["micro_batch"] = min(at_once) // 2
+    return config.model_copy(update={"site": config.site.model_copy(update=changed)})
+
+
+def _more_memory(site: SiteConfig) -> int:
+    """Twice a task's memory, or all that a node has."""
+    most = site.node_memory_gb // site.tasks or 2 * site.memory_gb
+    if most <= site.memory_gb:
+        raise RunError(
+            f"site.memory_gb = {site.memory_gb} is all that a node has (node_memory_gb = {site.node_memory_gb}); give a"
+            " site or partition with larger ones (--site NAME, --set site.partition=NAME)"
         )
-        raise RunError(f"{len(gpu)} cells ran out of a GPU's memory ({gpu[0]}{', ...' if gpu[1:] else ''}): {way_out}")
-    site = config.site.model_copy(update={"memory_gb": 2 * config.site.memory_gb})
-    return config.model_copy(update={"site": site})
+    return min(most, 2 * site.memory_gb)
+
+
+def _chips_at_once(cell: Cell, site: SiteConfig) -> int:
+    """Chips that a process has on its GPU in a step; what is no training cannot take fewer than it does."""
+    if cell.stage not in TRAININGS:
+        return 1
+    training = cell.config.pretrain if cell.stage == "pretrain" else cell.config.finetune
+    asked = request(site, cell.stage)
+    processes = asked.nodes * asked.tasks if asked.nodes > 1 else training.processes
+    share = -(-training.batch_size // processes)
+    return min(share, site.micro_batch or share)
 
 
 def _dependents(paths: RunPaths, cell_id: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rtshpc.hpc.books import bad_nodes
 from rtshpc.hpc.executor import refuse_unusable
 from rtshpc.launch.display import Display, make_console, tables
 from rtshpc.launch.plan import Plan
@@ -92,6 +93,8 @@ def _to_slurm(console: Console, plan: Plan, ledger: Ledger) -> int:
     made = submit_arrays(plan, ledger)
     text = f"{plan.paths.root}: {len(made.sent)} cells submitted, {len(made.left_alone)} are with Slurm already"
     console.print(f"{text}; see `status {plan.paths.root}`", markup=False, soft_wrap=True)
+    for node, why in bad_nodes(plan.paths).items() if made.sent else ():
+        console.print(f"without {node}: {why} ({plan.paths.bad_nodes})", markup=False, soft_wrap=True)
     if made.held_back:
         limit = f"site.submit_limit = {plan.config.site.submit_limit} leaves no room for {len(made.held_back)} cells"
         console.print(f"{limit}; run the same line again when jobs have ended", markup=False, soft_wrap=True)

@@ -18,12 +18,13 @@ from rtshpc.core import records
 from rtshpc.core.cell import STAGES
 from rtshpc.core.errors import ConfigError, RunError, guess
 from rtshpc.core.grid import finished, valid_record
-from rtshpc.core.load import read_cell
+from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import Record, read_json, read_lines, read_record
+from rtshpc.core.records import Record, read_json, read_record
 from rtshpc.hpc import books
-from rtshpc.hpc.accounting import OUT_OF_MEMORY, Queued, ask_books, ask_queue, how_ended, why_waiting
+from rtshpc.hpc.accounting import OUT_OF_MEMORY, Queued, Spent, ask_books, ask_queue, how_ended, why_waiting
 from rtshpc.launch.display import headline
+from rtshpc.launch.submit import read_ledger
 
 STATES = ("done", "running", "submitted", "unknown", "failed", "cancelled", "blocked", "waiting")
 """What a cell can be. `submitted`: Slurm has it; `unknown`: it was submitted and Slurm cannot be asked; `cancelled`: its job
@@ -87,11 +88,6 @@ def read_plan(paths: RunPaths) -> dict[str, Any]:
     return plan
 
 
-def read_ledger(paths: RunPaths) -> list[dict[str, Any]]:
-    """The submissions of a run, oldest first; lines that name no cell and job are left out."""
-    return [row for row in read_lines(paths.ledger) if "cell" in row and "job" in row]
-
-
 def find_planned(paths: RunPaths, name: str) -> dict[str, Any]:
     """The cell of the plan that `name` means: an id, the beginning of one, a label, or words of one label alone.
 
@@ -132,7 +128,9 @@ def run_status(paths: RunPaths) -> dict[str, Any]:
     last = {str(entry["cell"]): entry for entry in read_ledger(paths)}
     planned: list[dict[str, Any]] = plan["cells"]
     found = {str(cell["id"]): _record(paths, cell) for cell in planned}
-    slurm = ask_slurm([entry for name, entry in last.items() if found.get(name) is None or _again(name, planned)])
+    slurm = ask_slurm(
+        paths, [entry for name, entry in last.items() if found.get(name) is None or _again(name, planned)]
+    )
     rows: list[dict[str, Any]] = []
     lost: set[str] = set()
     for cell in planned:
@@ -162,8 +160,17 @@ def run_status(paths: RunPaths) -> dict[str, Any]:
     }
 
 
-def ask_slurm(entries: Iterable[Mapping[str, Any]]) -> Slurm | None:
-    """What Slurm says of the jobs of ledger entries; sacct is asked only for those that squeue has forgotten.
+def accounted(paths: RunPaths, jobs: Iterable[str]) -> list[Spent]:
+    """What sacct says of a run's jobs; nothing where it is not there or `site.accounting` is off."""
+    try:
+        asked = read_run_config(paths.config)[0].site.accounting
+    except ConfigError:
+        asked = True
+    return (ask_books(jobs) if asked else None) or []
+
+
+def ask_slurm(paths: RunPaths, entries: Iterable[Mapping[str, Any]]) -> Slurm | None:
+    """What Slurm says of the jobs of ledger entries of a run; sacct is asked only for those that squeue has forgotten.
 
     None where no entry is of Slurm.
     """
@@ -173,7 +180,8 @@ def ask_slurm(entries: Iterable[Mapping[str, Any]]) -> Slurm | None:
     queue = ask_queue(jobs)
     known = queue or {}
     endings = {name: job.state for name, job in known.items() if not job.held}
-    for spent in ask_books([job for job in jobs if job not in known]) or []:
+    forgotten = [job for job in jobs if job not in known]
+    for spent in accounted(paths, forgotten) if forgotten else ():
         endings[spent.job] = spent.state  # attempts come oldest first: the last one counts
     return Slurm(queue, endings)
 

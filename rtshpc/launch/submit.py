@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, cast
 
 from rtshpc.core.cell import Cell
@@ -17,16 +16,20 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import ConfigError, RunError
 from rtshpc.core.load import read_cell, read_run_config, write_cell, write_run_config
 from rtshpc.core.paths import RunPaths, make_private
-from rtshpc.core.records import append_lines, read_plan, write_json
+from rtshpc.core.records import append_lines, locked, read_lines, read_plan, write_json
 from rtshpc.hpc.container import image_facts
 from rtshpc.hpc.executor import Job, queue_length, script, slurm_states, submit
 from rtshpc.hpc.site import code_version
 from rtshpc.launch.plan import Array, Plan, arrays, fingerprint_of, with_known_start
-from rtshpc.launch.status import read_ledger
 
 LOCK_SECONDS = 2.0
 """How long a launcher tries for its run: `status` holds the lock for an instant to see whether it is held."""
 
+ELSEWHERE = "elsewhere"
+"""Executor of submissions that another folder made, of which this one is a copy."""
+
+LOG_DEPTH = 2
+"""A log lies so many folders below its run's."""
 
 WRITERS = 16
 """Threads that write the configs of cells."""
@@ -68,21 +71,35 @@ class Ledger:
         return next((entry for entry in reversed(self.entries) if entry["cell"] == cell_id), None)
 
 
+def read_ledger(paths: RunPaths) -> list[dict[str, Any]]:
+    """The submissions of a run, oldest first; lines that name no cell and job are left out.
+
+    Jobs of the run that this folder is a copy of work there, and are not ours to wait for or to cancel: their
+    `executor` is ELSEWHERE.
+    """
+    rows = [row for row in read_lines(paths.ledger) if "cell" in row and "job" in row]
+    noted = {folders[LOG_DEPTH] for row in rows if len(folders := Path(str(row.get("log", ""))).parents) > LOG_DEPTH}
+    others = {folder for folder in noted if not _same_folder(folder, paths.root)}
+    return [
+        row | {"executor": ELSEWHERE} if others.intersection(Path(str(row.get("log", ""))).parents) else row
+        for row in rows
+    ]
+
+
+def _same_folder(noted: Path, root: Path) -> bool:
+    """Whether a run that noted this as its folder is the one in `root`; one that is no longer there was moved."""
+    try:
+        return not RunPaths(noted).ledger.exists() or noted.samefile(root)
+    except OSError:
+        return True
+
+
 @contextmanager
 def launcher_lock(paths: RunPaths) -> Generator[None]:
     """Be the run's only launcher. Raises RunError when another one is at work."""
     make_private(paths.root)
-    with paths.lock.open("w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    text = "another launcher works on this run; wait for it, or see `status`"
-                    raise RunError(f"{paths.root}: {text}") from None
-                time.sleep(0.05)
+    busy = f"{paths.root}: another launcher works on this run; wait for it, or see `status`"
+    with locked(paths.lock, LOCK_SECONDS, busy):
         yield
 
 

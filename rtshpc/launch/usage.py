@@ -8,14 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rtshpc.core.cell import STAGES
+from rtshpc.core.config import SiteConfig
 from rtshpc.core.grid import valid_record
 from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_record
 from rtshpc.hpc import books
-from rtshpc.hpc.accounting import OUT_OF_MEMORY, Spent, ask_books
-from rtshpc.hpc.books import LOST, STOPPED, Attempt
-from rtshpc.launch.status import is_locked, read_ledger, read_plan
+from rtshpc.hpc.accounting import OUT_OF_MEMORY, Spent
+from rtshpc.hpc.books import BAD_NODE, LOST, STOPPED, Attempt
+from rtshpc.hpc.site import node_share
+from rtshpc.launch.status import accounted, is_locked, read_plan
+from rtshpc.launch.submit import read_ledger
 
 GIB = 1 << 30
 HOUR = 3600.0
@@ -23,7 +26,9 @@ HOUR = 3600.0
 ENOUGH = 1.3
 """Memory advised is the peak seen times this."""
 
-INTERRUPTED = frozenset({"PREEMPTED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "REQUEUED", "BOOT_FAIL", LOST, STOPPED})
+INTERRUPTED = frozenset(
+    {"PREEMPTED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "REQUEUED", "BOOT_FAIL", LOST, STOPPED, BAD_NODE}
+)
 """Ends of attempts that are no fault of the task; a training goes on from its checkpoint."""
 
 CLASSES = ("done", "failed", "interrupted", "running")
@@ -106,7 +111,7 @@ def run_usage(paths: RunPaths) -> dict[str, Any]:
     """GPU-hours, efficiency and hints of a run, from one question to sacct and every cell's attempts.
 
     Returns:
-        {run, path, source: sacct, own books, both or none, total: Efficiency, unit, by_end: {class: hours of unit}, charge (by the site's price of a GPU-hour),
+        {run, path, source: sacct, own books, both or none, total: Efficiency, unit, by_end: {class: hours of unit}, charge (by the site's price),
         stages: [{stage, cells, **Efficiency}], cells: [{id, label, stage, **Efficiency}], hints: [text]}; hours in h,
         memory in bytes, times in s, shares from 0 to 1, null where no books tell.
 
@@ -118,7 +123,7 @@ def run_usage(paths: RunPaths) -> dict[str, Any]:
     for entry in read_ledger(paths):
         if entry.get("executor") == "slurm":
             jobs.setdefault(str(entry["cell"]), []).append(str(entry["job"]))
-    told = ask_books(job for several in jobs.values() for job in several) or []
+    told = accounted(paths, (job for several in jobs.values() for job in several))
     spent: dict[str, list[Spent]] = {}
     for one in told:
         spent.setdefault(one.job, []).append(one)
@@ -161,7 +166,7 @@ def _facts(
         found = together(taken)
         stages.append({"stage": stage, "cells": len(of_stage), **rounded(asdict(found))})
         hints += stage_hints(stage, found, taken)
-    total, price = together(every), read_run_config(paths.config)[0].site.charge_per_gpu_hour
+    total = together(every)
     source = "both" if len(sources) > 1 else next(iter(sources), "none")
     return {
         "run": run,
@@ -170,7 +175,7 @@ def _facts(
         "total": rounded(asdict(total)),
         "unit": "GPU-hours" if any(one.gpus for one in every) else "core-hours",
         "by_end": rounded(by_end(every)),
-        "charge": round(price * total.gpu_hours, 4) if price else None,
+        "charge": charge(every, read_run_config(paths.config)[0].site),
         "stages": stages,
         "cells": [
             {"id": cell["id"], "label": cell["label"], "stage": cell["stage"], **rounded(asdict(together(taken)))}
@@ -268,6 +273,16 @@ def together(taken: Sequence[Taken]) -> Efficiency:
         gpu_share=_share(sum(share * held for share, held in on_gpu), sum(held for _, held in on_gpu)),
         gpu_peak_bytes=max((one.gpu_peak_bytes for one in taken if one.gpu_peak_bytes), default=None),
     )
+
+
+def charge(taken: Iterable[Taken], site: SiteConfig) -> float | None:
+    """What attempts cost at a site, in its own unit; None where it tells no price."""
+    if site.charge_per_gpu_hour:
+        return round(site.charge_per_gpu_hour * sum(one.gpu_hours for one in taken), 4)
+    if not site.charge_per_node_hour:
+        return None
+    held = [(node_share(site, one.gpus, one.cpus, (one.memory_bytes or 0) / GIB), one.seconds) for one in taken]
+    return round(site.charge_per_node_hour * sum(nodes * seconds / HOUR for nodes, seconds in held), 4)
 
 
 def by_end(taken: Iterable[Taken]) -> dict[str, float]:

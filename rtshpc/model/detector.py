@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from rtshpc.core.config import ModelConfig
 from rtshpc.core.errors import ConfigError, ShapeError
 from rtshpc.model.detections import Detections
+from rtshpc.model.heads.box import BoxHead
 from rtshpc.model.heads.cascade import CascadeHeads
+from rtshpc.model.heads.mask import MaskHead
 from rtshpc.model.heads.rpn import RPN
 from rtshpc.model.heads.sampling import Draw
 from rtshpc.model.heads.standard import StandardHeads
@@ -93,6 +95,17 @@ class Detector(nn.Module):
         draws = [Draw(seed) for seed in seeds] if seeds is not None else [Draw(None)] * len(sizes)
         return self.losses(inputs, sizes, scales, targets, draws, self._drop_draws(draws, device))
 
+    def take_at_once(self, images: int) -> None:
+        """Train on less memory, to the same weights within rounding: see `Pyramid.at_once`; 0 = all images.
+
+        Box and mask heads, whose norms and means are over all boxes of the batch, keep all of it and recompute what
+        is cheap (`roi.recompute`).
+        """
+        self.backbone.at_once = images
+        for head in self.modules():
+            if isinstance(head, BoxHead | MaskHead):
+                head.recompute = self.model.roi.recompute or images > 0
+
     def detect(
         self, inputs: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], scales: Mapping[str, Any] | None
     ) -> list[Detections]:
@@ -115,6 +128,10 @@ class Detector(nn.Module):
         proposals, losses = self.proposal_generator(levels, sizes, targets, draws)
         _, more = self.roi_heads(levels, [boxes for boxes, _ in proposals], sizes, targets, draws)
         return {**more, **losses}
+
+    def counted(self) -> dict[str, int]:
+        """Boxes that the last losses are means over, of those that are not means over images."""
+        return self.roi_heads.counted()
 
     def prepare(
         self, images: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]] | None = None

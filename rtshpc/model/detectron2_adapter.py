@@ -267,6 +267,10 @@ class Detectron2Detector(Detector, GeneralizedRCNN):
         except FloatingPointError as error:
             raise RunError(f"Detectron2: {error}; try a lower learning_rate, a longer warmup_steps or fp32") from None
 
+    def counted(self) -> dict[str, int]:
+        """Unknown: Detectron2's heads do not tell."""
+        return {}
+
     def _batch(self, inputs: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         """Images one by one without padding, all bands of all modalities in one (nothing where scales are given)."""
         if not inputs:

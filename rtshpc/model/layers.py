@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,9 +38,65 @@ class ConvNorm(nn.Conv2d):
         return F.relu(x) if self.relu else x
 
 
+class _Sum(torch.autograd.Function):
+    """A tensor added up over processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over what all processes have, on CPUs, where torch's SyncBatchNorm does not run."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As one process would normalise the (N, C, H, W) of all; N may be 0 here, and in all."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(input)
+        x = input.float()
+        # Two sums: the square of a mean is no good measure of a small variance.
+        sums: Tensor = _Sum.apply(torch.cat((x.sum((0, 2, 3)), x.new_tensor([x[:, :1].numel()]))))
+        count = sums[-1].detach()
+        if int(count) == 0:
+            return input
+        mean = sums[:-1] / count
+        apart = x - mean.view(1, -1, 1, 1)
+        variance: Tensor = _Sum.apply(apart.square().sum((0, 2, 3))) / count
+        self._follow(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        scale = (variance + self.eps).rsqrt() * self.weight
+        return (apart * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(input.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked += 1
+
+
+def share_batch_norms(module: nn.Module) -> None:
+    """Put a SharedBatchNorm of the same weights in place of every batch norm in `module`."""
+    for name, part in module.named_children():
+        if type(part) is nn.BatchNorm2d:
+            shared = SharedBatchNorm(part.num_features, part.eps, part.momentum).train(part.training)
+            shared.load_state_dict(part.state_dict())
+            setattr(module, name, shared)
+        else:
+            share_batch_norms(part)
+
+
 def waits_for_others(module: nn.Module) -> bool:
-    """Whether norms of `module` meet those of other processes (SyncBatchNorm): whoever skips them holds all up."""
-    return any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+    """Whether norms of `module` meet those of other processes: whoever skips them holds all up."""
+    return any(isinstance(part, nn.SyncBatchNorm | SharedBatchNorm) for part in module.modules())
 
 
 class Mlp(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from rtshpc.core.config import ModelConfig, MViTConfig
 from rtshpc.core.errors import ConfigError
+from rtshpc.fusion.recompute import recomputed
 from rtshpc.fusion.residual import ResidualFusion
 from rtshpc.model.backbones.mvit import MViT
 from rtshpc.model.backbones.resnet import ResNet
@@ -36,6 +38,15 @@ def without_gaps(scales: tuple[Tensor, ...], image: Tensor) -> tuple[Tensor, ...
     return tuple(torch.where(there.view(-1, 1, 1, 1), scale, scale.new_zeros(())) for scale in scales)
 
 
+def rows_of(given: Any, rows: slice) -> Any:
+    """What is given for some images of the batch: tensors, tuples and mappings of them; None stays None."""
+    if isinstance(given, Mapping):
+        return {name: rows_of(value, rows) for name, value in given.items()}
+    if isinstance(given, tuple):
+        return tuple(rows_of(value, rows) for value in given)
+    return given if given is None else given[rows]
+
+
 class Pyramid(nn.Module):
     """Images of every modality to the levels p2 to p6.
 
@@ -47,6 +58,8 @@ class Pyramid(nn.Module):
         frozen: the backbones take no gradient and stay in eval mode.
         cached: there are no backbones, `levels` is given their scales.
         absent: number of parameters of the backbones that `cached` leaves out.
+        at_once: images that a training step works on together; 0 = all. Of the others only what goes in and comes out
+            is kept, and backward makes the rest again: nothing here mixes images, so the result stays the same.
     """
 
     def __init__(self, model: ModelConfig, channels: Mapping[str, int], frozen: bool, cached: bool = False) -> None:
@@ -60,7 +73,7 @@ class Pyramid(nn.Module):
                 "fusion.mixer = early has no frozen arm: its one backbone takes the bands of all modalities"
             )
         bands = {EARLY: sum(channels.values())} if self.early else channels
-        self.absent = 0
+        self.absent, self.at_once = 0, 0
         built: dict[str, MViT | ResNet] = {}
         widths: tuple[int, ...] = ()
         for name, count in bands.items():
@@ -125,6 +138,9 @@ class Pyramid(nn.Module):
 
     def levels(self, scales: Mapping[str, tuple[Tensor, ...]]) -> list[Tensor]:
         """Scales of each modality to p2 to p6, each (B, pyramid channels, H / 2 ** level, W / 2 ** level)."""
+        return self._in_parts(self._fused, scales)
+
+    def _fused(self, scales: Mapping[str, tuple[Tensor, ...]]) -> list[Tensor]:
         fused: Any = next(iter(scales.values())) if len(scales) == 1 else self.fusion(scales)
         found: list[Tensor] = []
         above: Tensor | None = None
@@ -137,4 +153,18 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Mapping[str, Tensor], draws: Mapping[str, Tensor | None]) -> list[Tensor]:
         """Padded images of every modality, BCHW with H and W multiples of 32, to p2 to p6."""
-        return self.levels(self.scales(images, draws))
+        if self.frozen:
+            return self.levels(self.scales(images, draws))
+        return self._in_parts(lambda images, draws: self._fused(self.scales(images, draws)), images, draws)
+
+    def _in_parts(self, run: Callable[..., list[Tensor]], *given: Mapping[str, Any]) -> list[Tensor]:
+        """`run(*given)`, in a training by `at_once` images at a time."""
+        first: Any = next(iter(given[0].values()))
+        count = len(first[0] if isinstance(first, tuple) else first)
+        if not (torch.is_grad_enabled() and 0 < self.at_once < count):
+            return run(*given)
+        parts: list[list[Tensor]] = []
+        for start in range(0, count, self.at_once):
+            own = [rows_of(one, slice(start, start + self.at_once)) for one in given]
+            parts.append(recomputed(partial(run, *own), ()))
+        return [torch.cat(level) for level in zip(*parts, strict=True)]

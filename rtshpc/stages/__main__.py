@@ -2,7 +2,7 @@
 
 `python -m rtshpc.stages check|params|weights ARGUMENTS...` runs a tool that needs pixels or tensors.
 Exit codes: 0 done (or done before), 1 failed, 2 a mistake of the user or a missing library, 75 told to stop: what was
-done is saved, and the same line goes on from there.
+done is saved, and the same line goes on from there; 69 this node or its GPU is broken, another one may do it.
 """
 
 from __future__ import annotations

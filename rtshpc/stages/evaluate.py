@@ -12,13 +12,14 @@ from rtshpc.core.cell import Cell
 from rtshpc.core.load import read_cell
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Progress, write_json
-from rtshpc.data.reader import ShardDataset, read_index, require_whole_shards
+from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.engine.detectors import trained
 from rtshpc.engine.distributed import choose_device
 from rtshpc.engine.loop import training_of
 from rtshpc.engine.predict import coco_predictions, decode, predict
 from rtshpc.engine.scoring import ImageResult, score
 from rtshpc.report.gallery import draw_picture, stretch
+from rtshpc.stages.shards import near
 
 SPLIT = "test"
 
@@ -33,7 +34,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     """
     model = read_cell(paths.cell(cell.needs[0]).config)
     config, own = cell.config, paths.cell(cell.id)
-    require_whole_shards(paths.index, progress)
+    paths = near(cell, paths, progress)
     progress("load", 0, 1)
     dataset = ShardDataset(paths.index, config.data, SPLIT, model.modalities)
     training = training_of(model)

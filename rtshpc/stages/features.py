@@ -20,13 +20,14 @@ from rtshpc.core.load import read_cell
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Progress, append_line, read_json, read_lines, write_text
 from rtshpc.data.augment import geometry_of, turn
-from rtshpc.data.reader import ShardDataset, read_index, require_whole_shards
+from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.data.shard import file_sha256
 from rtshpc.engine.detectors import on_backbones, record_sha256
 from rtshpc.engine.distributed import choose_device
 from rtshpc.engine.predict import autocast
 from rtshpc.model.detector import Detector
 from rtshpc.model.features import Header, to_stored, write_part
+from rtshpc.stages.shards import near
 
 BATCH = 8
 """Images that go through the backbone together, variants counted."""
@@ -50,7 +51,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     """
     tuning, data = cell.config.finetune, cell.config.data
     (modality,) = cell.modalities
-    require_whole_shards(paths.index, progress)
+    paths = near(cell, paths, progress)
     header = _header(cell, paths)
     sets = {split: ShardDataset(paths.index, data, split, (modality,)) for split in SPLITS}
     kept = _whole_files(cell, paths, header)

@@ -7,12 +7,12 @@ from typing import Any
 from rtshpc.core.cell import Cell
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Progress
-from rtshpc.data.reader import require_whole_shards
 from rtshpc.engine.detectors import on_backbones, on_features
 from rtshpc.engine.loop import fit
+from rtshpc.stages.shards import near
 
 
 def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     """Train the cell's detector; see `engine.loop.fit` for the results."""
-    require_whole_shards(paths.index, progress)
+    paths = near(cell, paths, progress)
     return fit(cell, paths, on_features if cell.features else on_backbones, progress)

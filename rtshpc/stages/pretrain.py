@@ -7,9 +7,9 @@ from typing import Any
 from rtshpc.core.cell import Cell
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Progress
-from rtshpc.data.reader import require_whole_shards
 from rtshpc.engine.detectors import started
 from rtshpc.engine.loop import fit
+from rtshpc.stages.shards import near
 
 
 def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
@@ -18,6 +18,6 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     Returns:
         The results of `engine.loop.fit`, and `init` and `init_sha256`: the file it started from, None without one.
     """
-    require_whole_shards(paths.index, progress)
+    paths = near(cell, paths, progress)
     results, start = fit(cell, paths, started, progress), cell.config.pretrain
     return {**results, "init": start.init if start.init_sha256 else None, "init_sha256": start.init_sha256 or None}

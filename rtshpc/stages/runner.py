@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import importlib
 import os
@@ -13,22 +12,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rtshpc.core.cell import RESULT_VERSION, Cell
-from rtshpc.core.errors import STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError, RunError, guess
+from rtshpc.core.errors import BAD_NODE, STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError, RunError, guess
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import SILENT, Progress, Record, read_plan, write_json, write_record
+from rtshpc.core.records import SILENT, Progress, Record, locked, read_plan, write_json, write_record
 from rtshpc.hpc import books
 from rtshpc.hpc.attempt import OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
-from rtshpc.hpc.site import code_version, cpu_model, place_in_step
+from rtshpc.hpc.site import TRAININGS, code_version, cpu_model, node_name, of_the_node, place_in_step, refuse_bad_node
 
 LOCK_SECONDS = 30.0
 """How long an attempt waits for another one on the same cell to end, e.g. of a launcher just killed."""
@@ -49,7 +47,7 @@ def run(stage: str, run_dir: Path, task: str) -> int:
 
     Returns:
         Exit code: 0 done, 1 failed (see failure.json), 2 a mistake of the user; a task that is told to stop ends
-        with errors.STOPPED.
+        with errors.STOPPED, one whose node is broken with errors.BAD_NODE.
 
     Raises:
         RunError: there is no such run or cell, or another process holds it.
@@ -64,7 +62,7 @@ def run(stage: str, run_dir: Path, task: str) -> int:
     own = place_in_step()
     if own is not None and own.rank > 0:
         return _follow(cell, paths)
-    with _locked(folder):
+    with locked(folder.lock, LOCK_SECONDS, f"{folder.root}: another process works on this cell"):
         if finished(cell, paths) is not None:
             print(f"{cell.label}: done before")
             return 0
@@ -85,15 +83,17 @@ def find_cell(paths: RunPaths, stage: str, task: str) -> str:
 
 
 def _follow(cell: Cell, paths: RunPaths) -> int:
-    """Train along with the first task of this step, which holds the cell and writes all there is to write."""
-    if cell.stage not in ("pretrain", "finetune") or finished(cell, paths) is not None:
+    """Train along with the first task of this step, which holds the cell and writes all but the reason of our failing."""
+    if cell.stage not in TRAININGS or finished(cell, paths) is not None:
         return 0
     _set_threads(cell)
     try:
+        refuse_bad_node(cell.config.site, cell.stage)
         importlib.import_module(f"rtshpc.stages.{cell.stage}").run(cell, paths, SILENT)
     except Exception as error:
-        print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
-        return 1
+        return _fail(paths, paths.cell(cell.id), None, error)
+    except SystemExit:
+        return 0  # told to stop: the first one has saved, and its exit code says so
     return 0
 
 
@@ -107,6 +107,7 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
     _set_threads(cell)
     print(f"{cell.label} ({cell.id}) started {started}", flush=True)
     try:
+        refuse_bad_node(cell.config.site, cell.stage)
         module = importlib.import_module(f"rtshpc.stages.{cell.stage}")
         gc.freeze()  # the libraries' objects live as long as the task: no collection need walk them
         results = module.run(cell, paths, Progress(folder.progress))
@@ -123,7 +124,7 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
         )
         write_record(folder.record, record)
     except Exception as error:
-        return _fail(folder, number, error)
+        return _fail(paths, folder, number, error)
     except SystemExit:
         books.end(folder, number, books.STOPPED)
         raise
@@ -142,8 +143,10 @@ def missing_library(error: ModuleNotFoundError) -> Exception:
     )
 
 
-def _fail(folder: CellPaths, number: int, error: Exception) -> int:
-    """Write failure.json, say why and close the books; a full disk must not hide the first error."""
+def _fail(paths: RunPaths, folder: CellPaths, number: int | None, error: Exception) -> int:
+    """Write failure.json, say why and close the books of attempt `number`; a full disk must not hide the first error."""
+    if of_the_node(error):
+        return _blame_node(paths, folder, number, error)
     if isinstance(error, ModuleNotFoundError):
         error = missing_library(error)
     mistake = isinstance(error, RtshpcError)
@@ -154,24 +157,21 @@ def _fail(folder: CellPaths, number: int, error: Exception) -> int:
     facts = {"error": " ".join(text.split()), "kind": kind, "traceback": trace}
     with suppress(OSError):
         write_json(folder.failure, facts)
-        books.end(folder, number, "failed")
+        if number is not None:
+            books.end(folder, number, "failed")
     return 2 if mistake else 1
 
 
-@contextmanager
-def _locked(folder: CellPaths) -> Generator[None]:
-    """Hold the cell; the lock ends with the process, however that ends."""
-    with folder.lock.open("w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunError(f"{folder.root}: another process works on this cell") from None
-                time.sleep(0.2)
-        yield
+def _blame_node(paths: RunPaths, folder: CellPaths, number: int | None, error: Exception) -> int:
+    """Say that the node is broken, where the batch script and later submissions look for it."""
+    text = f"{node_name()} is broken: {' '.join(str(error).split())}"
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    books.note_bad_node(paths, folder.root.name, text)
+    with suppress(OSError):
+        write_json(folder.failure, {"error": text, "kind": "BadNode", "traceback": ""})
+        if number is not None:
+            books.end(folder, number, books.BAD_NODE)
+    return BAD_NODE
 
 
 def _sweep_leftovers(folder: CellPaths) -> None:

@@ -57,14 +57,16 @@ class Login:
         self.lab = lab
         self.runs = folder / "runs"
         self.sweep = folder / "tiny.yaml"
+        self.environment = lab.environment | {"PYTHONPATH": str(ROOT)}
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep.write_text(SWEEP)
 
     def __call__(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A command that takes the sweep and the folder of runs."""
         line = [sys.executable, "-m", "rtshpc.launch", command, str(self.sweep), "--runs", str(self.runs), *arguments]
-        environment = self.lab.environment | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run(
+            line, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=240, check=False
+        )
 
 
 @pytest.fixture

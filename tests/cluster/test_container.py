@@ -172,7 +172,7 @@ def test_what_cannot_run_in_an_image_is_one_line_and_leaves_nothing(
     assert "gather 8 (here 1)" in said(old)
 
 
-def test_a_stopped_launcher_leaves_no_process_in_the_image_and_the_run_resumes(
+def test_a_stopped_launcher_leaves_no_process_in_the_image_and_the_run_resumes_under_another_one(
     image: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -188,8 +188,14 @@ def test_a_stopped_launcher_leaves_no_process_in_the_image_and_the_run_resumes(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert not launcher.processes()
-    again = launcher.run("sweep", *asked)
+    other = tmp_path / "other.sif"
+    other.write_bytes(image.read_bytes() + b"\0")  # behind what its table speaks of: the same system in another file
+    again = launcher.run("sweep", *asked[: -len(in_image(image))], *in_image(other))
     assert again.returncode == 0, again.stdout + again.stderr
+    sha256 = hashlib.sha256(other.read_bytes()).hexdigest()
+    made = {record["stage"]: record for record in records(paths)}
+    assert made["preprocess"]["attempts"] == 2
+    assert {record["environment"]["image"]["sha256"] for record in made.values()} == {sha256}
 
 
 def test_a_base_without_a_digest_is_refused_and_pinning_writes_what_was_resolved(tmp_path: Path) -> None:

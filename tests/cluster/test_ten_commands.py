@@ -14,7 +14,15 @@ from rtshpc.core.paths import RunPaths
 from .conftest import ROOT
 from .lab import Lab
 
-SITE = {"account": '""', "partition": "a5000", "cpus": "1", "memory_gb": "3", "minutes": "30", "warn_seconds": "20"}
+SITE = {
+    "account": '""',
+    "partition": "a5000",
+    "cpus": "1",
+    "gpu_memory_gb": "0",
+    "memory_gb": "3",
+    "minutes": "30",
+    "warn_seconds": "20",
+}
 """What the editor writes into the copied site file; two cores carry no more than three tasks."""
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from rtshpc.core.cell import Cell
+from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import ConfigError
 from rtshpc.core.grid import cells
 from rtshpc.core.load import (
@@ -273,3 +274,29 @@ def test_the_name_of_a_site_is_text_whatever_yaml_would_make_of_it(place: Path) 
     assert (config.site.name, config.site.max_jobs) == ("twelve", 7)
     with pytest.raises(ConfigError, match=r'^--site: .*"a: \[b" is unknown'):
         load_run("fusion", site="a: [b")
+
+
+@pytest.mark.parametrize("name", ["slurm-a5000", "slurm-a100"])
+def test_a_template_of_a_site_names_and_explains_every_field(name: str) -> None:
+    lines = find_config("site", name).read_text().splitlines()
+    told = {line.partition(":")[0]: line.partition(" # ")[2] for line in lines if not line.startswith("#")}
+    assert told.keys() == SiteConfig.model_fields.keys()
+    assert all(told[key] or key == "name" for key in told), told
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["gpus=5"], "gpus = 5 asks for 5 of a node, node_gpus = 4"),
+        (["nodes=2", "gpus=4", "node_cpus=20"], "cpus = 8 asks for 32 of a node, node_cpus = 20"),
+        (["node_memory_gb=16"], "memory_gb = 32 asks for 32 of a node, node_memory_gb = 16"),
+        (["charge_per_gpu_hour=1", "charge_per_node_hour=2"], "a site charges for one of them"),
+        (["charge_per_node_hour=2", "node_gpus=0"], "charge_per_node_hour is given without node_gpus or node_cpus"),
+        (["stage_shards=true"], "stage_shards is given without scratch"),
+        (["scratch=$TMPDIR"], "scratch = .* must match"),
+    ],
+)
+def test_a_site_that_contradicts_itself_is_refused_in_one_line(sets: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_site("slurm-a5000", sets)
+    assert "\n" not in str(caught.value)

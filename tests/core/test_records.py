@@ -14,6 +14,7 @@ from rtshpc.core.errors import RunError, system_sentence
 from rtshpc.core.records import (
     Record,
     append_line,
+    locked,
     read_json,
     read_lines,
     read_record,
@@ -44,6 +45,14 @@ def test_a_torn_or_foreign_record_is_none(tmp_path: Path) -> None:
         assert read_record(path) is None
     path.write_text('{"cell": "c"}')
     assert read_record(path) is None
+
+
+def test_a_lock_has_one_holder_at_a_time_and_the_next_one_waits_only_so_long(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with locked(lock, 0.0, "busy"), pytest.raises(RunError, match=r"^busy$"), locked(lock, 0.1, "busy"):
+        pytest.fail("two hold it")
+    with locked(lock, 0.0, "busy"):
+        pass
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_no_leftover(tmp_path: Path) -> None:

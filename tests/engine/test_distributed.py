@@ -93,12 +93,15 @@ def test_a_stop_signal_reaches_all_processes() -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_global_batch(paths: RunPaths, train: Callable[..., Any]) -> None:
-    """Without batch norm (which sees a process's chips only) and masks (whose loss is a mean over foreground
-    boxes of a process), every loss is a mean over chips, and three chips a step do not divide by two."""
+    """Batch norms, and losses that are means over boxes, are over those of both; three chips do not divide by two.
+
+    In the last step there is one chip for both, which the second one takes too, at weight 0: only the number of boxes that
+    a running variance is corrected by is then another.
+    """
     weights, curves = [], []
     for processes in (1, 2):
         training = {"processes": processes, "batch_size": 3, "epochs": 1, "clip_norm": 0.0, "learning_rate": 1e-3}
-        config = small_config(training, {"roi": {"norm": "none", "mask": False}})
+        config = small_config(training)
         cell = cell_of(config, "pretrain", "rgb")
         cell = cell.model_copy(update={"id": f"with-{processes}"})
         train(cell)
@@ -107,5 +110,6 @@ def test_two_processes_train_as_one_with_the_same_global_batch(paths: RunPaths, 
         curves.append([row["loss"] for row in read_lines(own.metrics) if row["kind"] == "train"])
     one, two = weights
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
-    largest = max(float((one[name].float() - two[name].float()).abs().max()) for name in one)
-    assert largest < 2e-4
+    for name, tensor in one.items():
+        room = 1e-3 if name.endswith("running_var") else 1e-5
+        torch.testing.assert_close(two[name], tensor, rtol=room, atol=5e-5, msg=name)

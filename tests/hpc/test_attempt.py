@@ -10,11 +10,12 @@ import pytest
 from submitit.core.utils import DelayedSubmission
 
 from rtshpc.core.config import SiteConfig
-from rtshpc.core.errors import STOPPED
+from rtshpc.core.errors import BAD_NODE, STOPPED
 from rtshpc.core.load import load_run, write_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import append_line, read_json
 from rtshpc.hpc.attempt import OUT_OF_MEMORY, Ended, Verdict, advanced, job_name, judge, last_words, main
+from rtshpc.hpc.books import note_bad_node
 from rtshpc.hpc.executor import become
 
 SITE = SiteConfig(executor="slurm", minutes=60, warn_seconds=60, max_attempts=3, memory_gb=8)
@@ -39,6 +40,13 @@ def test_a_task_that_failed_is_not_tried_again_and_named_where_it_could_not_name
     verdict = judge(ended(code), SITE)
     assert (verdict.again, verdict.kind) == (False, "Died")
     assert ("SIGSEGV" if code == 139 else f"exit code {code}") in verdict.why
+
+
+def test_a_task_that_found_its_node_broken_is_tried_elsewhere_as_often_as_any_other() -> None:
+    late = SITE.minutes * 60
+    assert judge(ended(BAD_NODE, late, explained=True), SITE).again
+    assert judge(ended(BAD_NODE, number=3, explained=True), SITE).kind == "Attempts"
+    assert not judge(ended(BAD_NODE, explained=True), SITE.model_copy(update={"requeue": "never"})).again
 
 
 def test_a_time_limit_is_tried_again_only_if_the_checkpoint_advanced() -> None:
@@ -140,6 +148,26 @@ def test_what_is_not_queued_again_says_why_in_its_cell(
     failure.write_text('{"error": "the task said so"}')
     main([str(job), "1", "5"])
     assert read_json(failure)["error"] == "the task said so"
+
+
+def test_of_several_tasks_the_one_that_failed_first_is_judged_whatever_srun_tells_of_the_others(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    paths = RunPaths(tmp_path / "run")
+    failure = paths.cell("aa").failure
+    failure.write_text('{"error": "the third task said so"}')
+    main([str(job), str(KILLED), "5"])
+    assert not (tmp_path / "asked").exists() and read_json(failure)["error"] == "the third task said so"
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    note_bad_node(paths, "aa", "n7 is broken: GPU is lost")
+    main([str(job), str(KILLED), "5"])
+    assert (tmp_path / "asked").read_text() == "requeue 12_3\nupdate JobId=12_3 ExcNodeList=n7\n"
+    failure.unlink()
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    (job / "12_3_submitted.pkl").rename(job / "12_4_submitted.pkl")
+    main([str(job), str(KILLED), "5"])
+    assert (tmp_path / "asked").read_text().endswith("requeue 12_4\n")
 
 
 def test_a_job_that_its_user_cancelled_stays_cancelled_and_is_no_failure(job: Path, tmp_path: Path) -> None:

@@ -91,6 +91,20 @@ def test_a_site_names_gpus_keys_modules_and_interfaces_in_its_own_words(slurm: P
     assert not paths.root.exists()
 
 
+def test_a_training_over_nodes_has_a_task_for_each_gpu_and_other_stages_one(slurm: Path, tmp_path: Path) -> None:
+    site = load_site("slurm-a5000", ["nodes=2", "gpus=4"])
+    text = script(site, RunPaths(tmp_path / "run"), "finetune", 1)
+    for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8", "--mem=128GB"):
+        assert f"#SBATCH {line}\n" in text
+    assert "--kill-on-bad-exit=1" in text
+    alone = script(site, RunPaths(tmp_path / "run"), "evaluate", 1)
+    for line in ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=4", "--mem=32GB"):
+        assert f"#SBATCH {line}\n" in alone
+    assert "--kill-on-bad-exit" not in alone
+    with pytest.raises(ConfigError, match=r"nodes = 2 needs executor: slurm"):
+        load_site("local", ["nodes=2"])
+
+
 def test_a_line_break_in_a_sites_words_is_refused() -> None:
     for key in ("account", "partition", "qos", "constraint", "wckey", "network_interface"):
         with pytest.raises(ConfigError, match=rf"{key} = .* must match"):

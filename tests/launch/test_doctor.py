@@ -83,6 +83,9 @@ def test_a_site_that_its_cluster_takes_has_nothing_bad(cluster: Any, tmp_path: P
         ({"memory_gb": 300}, "nodes", "memory 256000 MB < site.memory_gb = 300"),
         ({"gpus": 5}, "nodes", "GPUs gpu:a100:4(S:0-1) < site.gpus = 5"),
         ({"gpu_type": "a5000"}, "nodes", "< site.gpus = 1"),
+        ({"nodes": 3}, "nodes", "2 of 2 in a100 can hold a task, site.nodes = 3"),
+        ({"nodes": 2, "gpus": 4, "cpus": 20}, "nodes", "cores 64 < site.cpus = 20 x 4 tasks"),
+        ({"gpu_memory_gb": 90}, "GPU memory", "site.gpu_memory_gb = 90, a100 has 40 or 80 GB"),
         ({"constraint": "nvlink&ib"}, "nodes", "without nvlink&ib"),
         ({"binds": ["/no/such:/data"]}, "binds", "not there: /no/such"),
         ({"image": "/no/such.sif"}, "image", "no such image"),
@@ -93,6 +96,38 @@ def test_a_site_that_its_cluster_takes_has_nothing_bad(cluster: Any, tmp_path: P
 def test_what_the_cluster_would_refuse_is_named(tmp_path: Path, given: dict[str, Any], name: str, words: str) -> None:
     finding = found(tmp_path, **given)[name]
     assert finding.state == "bad" and words in finding.found
+
+
+def test_what_a_site_says_of_its_nodes_and_their_price_is_held_beside_what_slurm_says(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = {"node_gpus": 4, "node_cpus": 64, "node_memory_gb": 256, "gpu_memory_gb": 40}
+    findings = found(tmp_path, **right, charge_per_node_hour=8, cpus=32)
+    assert findings["node counts"].found == "as Slurm has them"
+    assert findings["GPU memory"].state == "ok"
+    assert (
+        findings["charge"].found == "a training costs 4 an hour (0.5 nodes)"
+    )  # half of the cores, a quarter of the GPUs
+    wrong = found(tmp_path, node_gpus=8, node_memory_gb=512, charge_per_gpu_hour=1.5, gpus=4, nodes=2)
+    told = "site.node_gpus = 8, Slurm says 4; site.node_memory_gb = 512, Slurm says 250"
+    assert (wrong["node counts"].state, wrong["node counts"].found) == ("off", told)
+    assert wrong["charge"].found == "a training costs 12 an hour (8 GPUs)"
+    assert {"node counts", "GPU memory", "charge", "scratch"}.isdisjoint(found(tmp_path))
+
+
+def test_a_scratch_folder_is_looked_for_and_accounting_that_is_off_is_not_asked(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NODE_SCRATCH", str(tmp_path))
+    finding = found(tmp_path, scratch="NODE_SCRATCH", stage_shards=True)["scratch"]
+    assert finding.state == "ok" and finding.found.endswith("free here, shards are staged")
+    monkeypatch.setenv("NODE_SCRATCH", str(tmp_path / "gone"))
+    assert "cannot be written here" in found(tmp_path, scratch="NODE_SCRATCH")["scratch"].found
+    monkeypatch.delenv("NODE_SCRATCH")
+    assert found(tmp_path, scratch="NODE_SCRATCH")["scratch"].found == "site.scratch = NODE_SCRATCH is not set here"
+    before = len(cluster.asked("sacct"))
+    assert found(tmp_path, accounting=False)["accounting"].found == "site.accounting is off"
+    assert len(cluster.asked("sacct")) == before > 0
 
 
 def test_a_node_that_is_able_but_down_is_no_help(cluster: Any, tmp_path: Path) -> None:

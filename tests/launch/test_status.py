@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from rtshpc.core.cell import RESULT_VERSION, Cell
+from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import RunError
+from rtshpc.core.grid import cells
 from rtshpc.core.load import load_run, write_run_config
 from rtshpc.core.records import Record, append_line, write_json, write_record
 from rtshpc.hpc.executor import Job
@@ -18,6 +20,7 @@ from rtshpc.launch.jobs import choose, with_more_memory
 from rtshpc.launch.plan import Plan, make_plan
 from rtshpc.launch.status import find_planned, run_status
 from rtshpc.launch.submit import Ledger, prepare
+from rtshpc.launch.usage import Taken, charge
 
 from .conftest import Launcher
 
@@ -250,6 +253,22 @@ def test_usage_adds_up_every_attempt_by_sacct_or_else_by_what_the_tasks_noted(
     assert main(["usage", run]) == 0
     out = capsys.readouterr().out
     assert "3.50 GPU-hours" in out and "7.00 charged" in out
+    silent = plan.config.site.model_copy(update={"accounting": False})
+    write_run_config(plan.paths.config, plan.config.model_copy(update={"site": silent}), {})
+    questions = len(programs.asked("sacct"))
+    assert asked()["source"] == "own books" and len(programs.asked("sacct")) == questions
+
+
+def test_node_hours_are_charged_by_the_largest_share_of_a_node_that_an_attempt_held() -> None:
+    facts = {"charge_per_node_hour": 10, "node_gpus": 4, "node_cpus": 64, "node_memory_gb": 256}
+    site = SiteConfig.model_validate(facts)
+    whole = Taken(end="done", oom=False, seconds=1800, gpus=8, cpus=16)
+    by_memory = Taken(end="failed", oom=True, seconds=3600, gpus=1, cpus=16, memory_bytes=192 << 30)
+    by_cores = Taken(end="done", oom=False, seconds=7200, gpus=0, cpus=8)
+    assert charge([whole], site) == 10.0
+    assert charge([by_memory], site) == 7.5
+    assert charge([by_cores, whole], site) == 12.5
+    assert charge([whole], SiteConfig()) is None
 
 
 def test_status_prints_a_line_a_cell_by_stage_and_watch_ends_when_nothing_works(
@@ -278,11 +297,34 @@ def test_a_retry_for_memory_gives_twice_of_it_and_names_the_way_out_for_a_gpus(p
     queue(programs, job)
     rows = run_status(plan.paths)["cells"]
     assert [one["oom"] for one in rows if one["id"] == small.id] == ["node"]
-    assert with_more_memory(plan.config, rows).site.memory_gb == 2 * plan.config.site.memory_gb
+    assert with_more_memory(plan.config, rows, plan.paths).site.memory_gb == 2 * plan.config.site.memory_gb
     error = {"error": "CUDA out of memory. Tried to allocate 2 GiB", "kind": "OutOfMemory"}
     write_json(plan.paths.cell(large.id).failure, error)
-    with pytest.raises(RunError, match=r"1 cells ran out of a GPU's memory \(measure .*--site NAME"):
-        with_more_memory(plan.config, run_status(plan.paths)["cells"])
+    with pytest.raises(RunError, match=r"1 cells ran out of a GPU's memory, measure .* at once: .*--site NAME"):
+        with_more_memory(plan.config, run_status(plan.paths)["cells"], plan.paths)
+
+
+def test_a_training_that_ran_out_of_a_gpus_memory_takes_half_as_many_chips_at_once_and_stays_the_same_cell(
+    plan: Plan, programs: Any
+) -> None:
+    cell = stage(plan, "pretrain")
+    error = {"error": "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB", "kind": "OutOfMemory"}
+    write_json(plan.paths.cell(cell.id).failure, error)
+    rows = run_status(plan.paths)["cells"]
+    config, taken = plan.config, []
+    for _ in range(2):
+        config = with_more_memory(config, rows, plan.paths)
+        taken.append(config.site.micro_batch)
+    batch = config.pretrain.batch_size
+    assert taken == [batch // 2, batch // 4] and config.site.memory_gb == plan.config.site.memory_gb
+    assert [one.id for one in cells(config, plan.fingerprint)] == [one.id for one in plan.cells]
+    with pytest.raises(RunError, match="with one chip on it at once"):
+        with_more_memory(
+            config.model_copy(update={"site": config.site.model_copy(update={"micro_batch": 1})}), rows, plan.paths
+        )
+    wide = config.site.model_copy(update={"nodes": 2, "gpus": 2, "micro_batch": 0, "executor": "slurm"})
+    with_nodes = with_more_memory(config.model_copy(update={"site": wide}), rows, plan.paths)
+    assert with_nodes.site.micro_batch == -(-batch // 4) // 2
 
 
 def test_a_retry_changes_nothing_but_the_site(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,13 +163,24 @@ class SiteConfig(Section):
     qos: Line = doc("Slurm quality of service", "")
     constraint: Line = doc("Slurm node features", "")
     wckey: Line = doc("Slurm workload key; empty = none is given", "")
-    gpus: int = doc("GPUs of a training job", 0, ge=0)
+    nodes: int = doc(
+        "nodes of a training; above 1 it runs as nodes x gpus tasks, one a GPU, with the same global batch", 1, ge=1
+    )
+    gpus: int = doc("GPUs of a training job, on each of its nodes", 0, ge=0)
     gpu_type: str = doc("GPU type as Slurm spells it, e.g. a100; empty = any", "", pattern=r"^[\w.-]*$")
     gres: Literal["gpus-per-node", "gres"] = doc(
         "how GPUs are asked for: --gpus-per-node=[TYPE:]N or --gres=gpu:[TYPE:]N", "gpus-per-node"
     )
+    gpu_memory_gb: int = doc(
+        "memory of a GPU, GB; a task that does not find as many such GPUs calls its node bad; 0 = it does not look",
+        0,
+        ge=0,
+    )
     cpus: int = doc("cores of a job", 1, ge=1)
     memory_gb: int = doc("memory of a job, GB", 8, ge=1)
+    micro_batch: int = doc(
+        "chips of a training step that a process works on together, to the same weights; 0 = all of its share", 0, ge=0
+    )
     minutes: int = doc("time limit of a job, minutes", 240, ge=1)
     warn_seconds: int = doc("a task is told to save so long before its limit, s; Slurm may be 60 s early", 120, ge=1)
     requeue: Literal["never", "stopped", "killed"] = doc(
@@ -183,7 +194,22 @@ class SiteConfig(Section):
     charge_per_gpu_hour: float = doc(
         "what a GPU-hour costs, in the site's own unit; 0 = `usage` tells no price", 0.0, ge=0
     )
+    charge_per_node_hour: float = doc(
+        "what a node-hour costs; a job pays for the largest share of a node's GPUs, cores or memory that it holds",
+        0.0,
+        ge=0,
+    )
+    node_gpus: int = doc("GPUs of a node; 0 = unknown", 0, ge=0)
+    node_cpus: int = doc("cores of a node; 0 = unknown", 0, ge=0)
+    node_memory_gb: int = doc("memory of a node, GB; 0 = unknown", 0, ge=0)
+    accounting: bool = doc("ask sacct what jobs took; off where it is slow or not for users", True)
     modules: tuple[Line, ...] = doc("environment modules that a job loads, on the host", ())
+    scratch: str = doc(
+        "environment variable that names the scratch folder of a node; empty = none is used",
+        "",
+        pattern=r"^([A-Za-z_]\w*)?$",
+    )
+    stage_shards: bool = doc("copy shards to the scratch folder once a node, and read them there", False)
     network_interface: Line = doc("interface for NCCL and GLOO, e.g. ib0; empty = their choice", "")
     image: str = doc("Apptainer image (.sif) the tasks run in; empty = this environment", "")
     image_sha256: str = doc("what that file must be; empty = any, and records say which", "", pattern=SHA256)
@@ -192,11 +218,38 @@ class SiteConfig(Section):
     )
     dev_bind: str = doc("clone whose code runs in place of the image's own; every record says so", "")
 
+    @property
+    def tasks(self) -> int:
+        """Tasks of a training on each of its nodes: over several nodes one a GPU."""
+        return max(1, self.gpus) if self.nodes > 1 else 1
+
     @model_validator(mode="after")
     def _of_an_image(self) -> SiteConfig:
         for key in ("image_sha256", "dev_bind"):
             if getattr(self, key) and not self.image:
                 raise ValueError(f"{key} is given without image")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_nodes(self) -> SiteConfig:
+        for key, count in (("gpus", 1), ("cpus", self.tasks), ("memory_gb", self.tasks)):
+            asked, there = count * getattr(self, key), getattr(self, f"node_{key}")
+            if 0 < there < asked:
+                raise ValueError(f"{key} = {getattr(self, key)} asks for {asked} of a node, node_{key} = {there}")
+        if self.charge_per_node_hour and self.charge_per_gpu_hour:
+            raise ValueError(
+                "charge_per_node_hour and charge_per_gpu_hour are both given; a site charges for one of them"
+            )
+        if self.charge_per_node_hour and not (self.node_gpus or self.node_cpus):
+            raise ValueError("charge_per_node_hour is given without node_gpus or node_cpus")
+        return self
+
+    @model_validator(mode="after")
+    def _over_nodes(self) -> SiteConfig:
+        if self.nodes > 1 and self.executor != "slurm":
+            raise ValueError(f"nodes = {self.nodes} needs executor: slurm")
+        if self.stage_shards and not self.scratch:
+            raise ValueError("stage_shards is given without scratch")
         return self
 
 

@@ -77,7 +77,8 @@ def retry(run: str, wanted: tuple[str, ...], site: str | None, sets: tuple[str, 
     """Run cells of RUN again, with the config of the run: by default all that are not done.
 
     With every cell go those that build on it. Cells that Slurm still has are left alone, trainings go on from their
-    checkpoint. --oom gives twice the memory, unless --site or --set says what to give; it stays so for the run.
+    checkpoint. --oom gives twice the node's memory, or lets trainings work on half as many chips at once on a GPU, with
+    the same batch and result, unless --site or --set says what to give; it stays so for the run.
     """
     paths = run_folder(run, runs)
     from rtshpc.core.load import load_run
@@ -91,6 +92,8 @@ def retry(run: str, wanted: tuple[str, ...], site: str | None, sets: tuple[str, 
     until = str(read_plan(paths)["stages"][-1]["stage"])
     only = choose(paths, wanted) if wanted else None
     if "oom" in wanted and site is None and not sets:
-        config = with_more_memory(config, run_status(paths)["cells"])
-        click.echo(f"{paths.root}: site.memory_gb is {config.site.memory_gb} from now on")
+        before, config = config.site, with_more_memory(config, run_status(paths)["cells"], paths)
+        for key in ("memory_gb", "micro_batch"):
+            if getattr(before, key) != getattr(config.site, key):
+                click.echo(f"{paths.root}: site.{key} is {getattr(config.site, key)} from now on")
     return launch(lambda: replace(plan_in(config, paths, until), only=only))

@@ -19,7 +19,8 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.hpc.accounting import seconds
 from rtshpc.hpc.container import image_facts, refuse_image
 from rtshpc.hpc.executor import script
-from rtshpc.launch.doctor.finding import GIB, Finding, nearest
+from rtshpc.launch.doctor.finding import GIB, Finding, ask, nearest
+from rtshpc.launch.doctor.nodes import charges, examine_nodes, scratch
 
 SLURM_PROGRAMS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel")
 
@@ -32,7 +33,13 @@ def examine_site(site: SiteConfig, runs: Path) -> list[Finding]:
 
     Nothing is submitted and nothing is left behind; `sbatch --test-only` uses up a job number for each kind of task.
     """
-    return [*(_slurm(site, runs) if site.executor == "slurm" else ()), *_image(site), *_binds(site)]
+    return [
+        *(_slurm(site, runs) if site.executor == "slurm" else ()),
+        *_image(site),
+        *_binds(site),
+        *scratch(site),
+        *charges(site),
+    ]
 
 
 def _slurm(site: SiteConfig, runs: Path) -> Iterable[Finding]:
@@ -50,21 +57,12 @@ def _slurm(site: SiteConfig, runs: Path) -> Iterable[Finding]:
     yield from _limits(site, config)
     yield _account(site)
     yield from (_accepted(site, stage) for stage in ("preprocess", "pretrain"))
-    yield _accounting(config)
+    yield _accounting(site, config)
     yield from _modules(site)
 
 
-def _ask(*line: str) -> str | None:
-    """What a program of Slurm's prints; None when it fails."""
-    try:
-        answer = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout if answer.returncode == 0 else None
-
-
 def _cluster_config() -> dict[str, str] | None:
-    text = _ask("scontrol", "show", "config")
+    text = ask("scontrol", "show", "config")
     if text is None:
         return None
     pairs = [line.partition("=") for line in text.splitlines() if "=" in line]
@@ -111,7 +109,7 @@ def _file_clock(runs: Path) -> Finding:
 
 
 def _partition(site: SiteConfig) -> Iterable[Finding]:
-    text = _ask("scontrol", "--oneliner", "show", "partition") or ""
+    text = ask("scontrol", "--oneliner", "show", "partition") or ""
     rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
     known = {row["PartitionName"]: row for row in rows if "PartitionName" in row}
     name = site.partition or next((name for name, row in known.items() if row.get("Default") == "YES"), "")
@@ -134,61 +132,7 @@ def _partition(site: SiteConfig) -> Iterable[Finding]:
     else:
         most = "no limit" if longest is None else f"{int(longest // 60)} minutes"
         yield Finding("time limit", "ok", f"site.minutes = {site.minutes}, {name} allows {most}")
-    yield _nodes(site, name)
-
-
-def _nodes(site: SiteConfig, partition: str) -> Finding:
-    """Whether any node of the partition can hold a task, and how many of those are up."""
-    text = _ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T|%c|%m|%G|%f") or ""
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 5]
-    able: list[str] = []
-    lacks: dict[str, None] = {}
-    for name, state, cpus, memory, gres, features in rows:
-        short = [
-            what
-            for what, enough in (
-                (f"cores {cpus} < site.cpus = {site.cpus}", int(cpus.rstrip("+")) >= site.cpus),
-                (
-                    f"memory {memory} MB < site.memory_gb = {site.memory_gb}",
-                    int(memory.rstrip("+")) >= site.memory_gb * 1024,
-                ),
-                (f"GPUs {gres} < site.gpus = {site.gpus}", _gpus(gres, site.gpu_type) >= site.gpus),
-                (f"features {features} without {site.constraint}", _has_features(features, site.constraint)),
-            )
-            if not enough
-        ]
-        lacks.update(dict.fromkeys(short))
-        if not short:
-            able.append(f"{name} {state}")
-    if not rows:
-        return Finding(
-            "nodes", "bad", f"partition {partition} has none", "ask the administrators, or take another partition"
-        )
-    if not able:
-        return Finding(
-            "nodes",
-            "bad",
-            f"none of {len(rows)} in {partition} can hold a task: {'; '.join(lacks)}",
-            "ask for less",
-        )
-    down = sum(any(word in one.split()[1] for word in ("down", "drain", "fail", "maint")) for one in able)
-    found = f"{len(able)} of {len(rows)} in {partition} can hold a task, {down} of them are down or drained"
-    return Finding(
-        "nodes", "bad" if down == len(able) else "ok", found, "jobs wait until one is back" if down == len(able) else ""
-    )
-
-
-def _gpus(gres: str, kind: str) -> int:
-    """GPUs in sinfo's `gpu:a5000:4(S:0-1),shard:8`."""
-    found = re.findall(r"gpu(?::([A-Za-z][^:,(]*))?:(\d+)", gres)
-    return sum(int(count) for name, count in found if not kind or name == kind)
-
-
-def _has_features(features: str, constraint: str) -> bool:
-    """Whether a node may meet a constraint; one with more than `&` is left to sbatch."""
-    if not constraint or re.search(r"[|\[\]()*!]", constraint):
-        return True
-    return set(constraint.split("&")) <= set(features.split(","))
+    yield from examine_nodes(site, name)
 
 
 def _limits(site: SiteConfig, config: Mapping[str, str]) -> Iterable[Finding]:
@@ -198,7 +142,7 @@ def _limits(site: SiteConfig, config: Mapping[str, str]) -> Iterable[Finding]:
         yield Finding("array size", "bad", f"site.max_array = {site.max_array}, the cluster takes {most}", advice)
     else:
         yield Finding("array size", "ok", f"site.max_array = {site.max_array}, the cluster takes {most}")
-    text = _ask("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,MaxSubmitPU,GrpSubmit") or ""
+    text = ask("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,MaxSubmitPU,GrpSubmit") or ""
     rows = {row[0]: row[1:] for line in text.splitlines() if len(row := line.split("|")) == 3}
     limits = [int(value) for value in rows.get(site.qos or "normal", []) if value.isdigit()]
     if site.qos and rows and site.qos not in rows:
@@ -211,7 +155,7 @@ def _limits(site: SiteConfig, config: Mapping[str, str]) -> Iterable[Finding]:
 def _account(site: SiteConfig) -> Finding:
     """The user's associations; a cluster without a database has none."""
     user = getpass.getuser()
-    text = _ask(
+    text = ask(
         "sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=Account,Partition"
     )
     if text is None:
@@ -252,13 +196,17 @@ def _accepted(site: SiteConfig, stage: str) -> Finding:
     return Finding(f"request of {stage}", "ok", f"accepted: {re.sub(r'^Job [0-9]+ to start', 'would start', said)}")
 
 
-def _accounting(config: Mapping[str, str]) -> Finding:
+def _accounting(site: SiteConfig, config: Mapping[str, str]) -> Finding:
+    if not site.accounting:
+        return Finding(
+            "accounting", "off", "site.accounting is off", "`status` and `usage` go by what the tasks note themselves"
+        )
     kind = config.get("AccountingStorageType", "").rpartition("/")[2]
     if kind in ("", "none", "(null)"):
         return Finding(
             "accounting", "off", "the cluster keeps none", "`status` and `usage` go by what the tasks note themselves"
         )
-    if _ask("sacct", "--noheader", "--parsable2", "--format=JobID", "--starttime=now") is None:
+    if ask("sacct", "--noheader", "--parsable2", "--format=JobID", "--starttime=now") is None:
         return Finding(
             "accounting",
             "off",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,3 +34,12 @@ class Finding:
 def nearest(runs: Path) -> Path:
     """The folder of runs, or the nearest one above it that is there."""
     return next(place for place in (runs.absolute(), *runs.absolute().parents) if place.is_dir())
+
+
+def ask(*line: str) -> str | None:
+    """What a program prints; None when it fails."""
+    try:
+        answer = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout if answer.returncode == 0 else None

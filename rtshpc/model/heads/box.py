@@ -86,6 +86,7 @@ class BoxPredictor(nn.Module):
         super().__init__()
         self.classes = classes
         self.coder = coder
+        self.counted = 0  # RoIs that the last losses are means over
         self.cls_score = nn.Linear(width, classes + 1)
         self.bbox_pred = nn.Linear(width, 4 * classes if per_class else 4)
         start_normal(self.cls_score, 0.01)
@@ -99,7 +100,7 @@ class BoxPredictor(nn.Module):
         """Cross-entropy, mean over RoIs; and L1 of foreground deltas over the number of ALL RoIs."""
         classes = torch.cat([r.classes for r in labelled])
         boxes, truths = torch.cat([r.boxes for r in labelled]), torch.cat([r.truths for r in labelled])
-        count = int((classes >= 0).sum())
+        count = self.counted = int((classes >= 0).sum())
         if count == 0:
             return logits.sum() * 0.0, deltas.sum() * 0.0
         score = F.cross_entropy(logits, classes, ignore_index=-1)

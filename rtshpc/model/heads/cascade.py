@@ -29,6 +29,10 @@ class CascadeHeads(RoIHeads):
             BoxPredictor(config.fc_dim, classes, False, BoxCoder(CODERS[k])) for k in range(self.stages)
         )
 
+    def predictors(self) -> list[BoxPredictor]:
+        """Of each stage, in order."""
+        return list(self.box_predictor)  # type: ignore[arg-type]
+
     def box_losses(
         self, levels: Sequence[Tensor], sampled: list[RoIs], sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
     ) -> dict[str, Tensor]:

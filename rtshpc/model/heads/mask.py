@@ -33,6 +33,7 @@ class MaskHead(nn.Module):
         start_msra(self.deconv)
         start_normal(self.predictor, 0.001)
         self.recompute = config.recompute
+        self.counted = 0  # boxes that the last loss is a mean over
 
     def forward(self, features: Pooled) -> Tensor:
         """Features of N boxes, side 14, to logits (N, classes, 28, 28)."""
@@ -49,6 +50,7 @@ class MaskHead(nn.Module):
             classes: (N,).
             wanted: (N, 28, 28) bool.
         """
+        self.counted = len(features)
         if len(features) == 0 and waits_for_others(self):
             return self(features).sum() * 0.0
         if len(features) == 0:

@@ -69,6 +69,18 @@ class RoIHeads(nn.Module):
         """The losses of the box branch by name."""
         raise NotImplementedError(f"{type(self).__name__} does not define box_losses")
 
+    def predictors(self) -> list[BoxPredictor]:
+        """Of each stage, in order."""
+        raise NotImplementedError(f"{type(self).__name__} does not define predictors")
+
+    def counted(self) -> dict[str, int]:
+        """Boxes that each of the last losses is a mean over."""
+        predictors, found = self.predictors(), dict[str, int]()
+        for stage, predictor in enumerate(predictors):
+            suffix = f"_stage{stage}" if len(predictors) > 1 else ""
+            found |= {f"loss_cls{suffix}": predictor.counted, f"loss_box_reg{suffix}": predictor.counted}
+        return found if self.mask_head is None else found | {"loss_mask": self.mask_head.counted}
+
     def find_boxes(
         self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Found]:
@@ -123,6 +135,10 @@ class StandardHeads(RoIHeads):
         super().__init__(config, channels, classes)
         self.box_head = BoxHead(config, channels)
         self.box_predictor = BoxPredictor(config.fc_dim, classes, True, BoxCoder(CODERS[0]))
+
+    def predictors(self) -> list[BoxPredictor]:
+        """The only one."""
+        return [self.box_predictor]
 
     def box_losses(
         self, levels: Sequence[Tensor], sampled: list[RoIs], sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
