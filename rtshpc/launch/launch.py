@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rtshpc.core.cell import MAP_STAGES
 from rtshpc.hpc.executor import refuse_unusable
 from rtshpc.launch.display import Display, make_console, tables
 from rtshpc.launch.plan import Plan
@@ -65,7 +66,7 @@ def by_hand(plan: Plan) -> list[str]:
         if stage == "summarise":
             lines.append(f"python -m rtshpc.launch report {shlex.quote(str(plan.paths.root))}")
             continue
-        template = "preprocess" if stage in ("preprocess", "gather") else "pretrain"
+        template = "preprocess" if stage in ("preprocess", "gather") else "map" if stage in MAP_STAGES else "pretrain"
         given = f"RTSHPC_RUN={shlex.quote(str(plan.paths.root))} RTSHPC_STAGE={stage}"
         lines.append(f"{given} sbatch --array=0-{last}%{plan.config.site.max_jobs} slurm/{template}.sbatch")
     return lines
