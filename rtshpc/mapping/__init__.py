@@ -1,1 +1,1 @@
-"""Detections of many chips become one set of instances, their outlines, attributes and layers. No torch."""
+"""From detections on chips to one clean set of slumps: no chip, block or task leaves a trace in it."""
