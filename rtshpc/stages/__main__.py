@@ -18,7 +18,7 @@ from rtshpc.core.errors import RtshpcError, drop_lost_output, system_sentence
 from rtshpc.core.paths import write_alone
 
 TOOLS = ("check", "params", "weights")
-"""Stages without a cell: they print and write no record."""
+"""Modules of `rtshpc.stages.tools`."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 def _tool(name: str, arguments: Sequence[str]) -> int:
     """A tool's own main, or one line when the libraries of the tasks are not installed."""
     try:
-        module = importlib.import_module(f"rtshpc.stages.{name}")
+        module = importlib.import_module(f"rtshpc.stages.tools.{name}")
     except ModuleNotFoundError as error:
         from rtshpc.stages.runner import missing_library
 
