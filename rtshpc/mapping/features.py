@@ -37,7 +37,7 @@ class Features:
 
     Attributes:
         crs_wkt: coordinate reference system, WKT; coordinates are x before y whatever it says of its axes.
-        geometry: (N,) shapely polygons and multipolygons.
+        geometry: (N,) shapely polygons and multipolygons; None where the place is not known.
         columns: name -> (N,) float64 (NaN = not known), int64, or words (object array of str; "" = not known), in the
             order of the files.
     """
@@ -68,14 +68,26 @@ class Features:
         """The same rows with further (or other) columns."""
         return Features(self.crs_wkt, self.geometry, {**self.columns, **columns})
 
+    def same(self, other: Features) -> bool:
+        """Whether CRS, outlines (bit by bit), columns and values are the same, in the same order."""
+        if len(self) != len(other) or list(self.columns) != list(other.columns):
+            return False
+        blobs = [shapely.to_wkb(one.geometry, byte_order=1).tolist() for one in (self, other)]
+        values = [(column, other[name]) for name, column in self.columns.items()]
+        return (
+            same_crs(self.crs_wkt, other.crs_wkt)
+            and blobs[0] == blobs[1]
+            and all(a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in values)
+        )
+
     def ordered(self) -> Features:
         """Rows by site, date, scene, from the top, from the left, then by whatever else tells two apart.
 
         The order depends on what the rows say, never on the order in which they came.
         """
-        bounds = shapely.bounds(self.geometry).reshape(-1, 4)
+        bounds = np.nan_to_num(shapely.bounds(self.geometry).reshape(-1, 4))
         words = [self.columns.get(name, np.full(len(self), "")) for name in (SITE, DATE, SCENE)]
-        wkb = shapely.to_wkb(self.geometry, byte_order=1)
+        wkb = [blob or b"" for blob in shapely.to_wkb(self.geometry, byte_order=1)]
         rest = [values for _, values in sorted(self.columns.items())]
         keys = [
             (
@@ -155,10 +167,10 @@ def _geo(features: Features) -> dict[str, Any]:
     kinds = {3: "Polygon", 6: "MultiPolygon"}
     column: dict[str, Any] = {
         "encoding": "WKB",
-        "geometry_types": sorted(kinds[int(kind)] for kind in np.unique(shapely.get_type_id(features.geometry))),
+        "geometry_types": sorted(kinds[int(kind)] for kind in set(shapely.get_type_id(features.geometry)) - {-1}),
         "crs": pyproj.CRS.from_wkt(features.crs_wkt).to_json_dict(),
     }
-    if len(features):
+    if not shapely.is_missing(features.geometry).all():
         column["bbox"] = [float(value) for value in shapely.total_bounds(features.geometry)]
     return {"version": "1.1.0", "primary_column": GEOMETRY, "columns": {GEOMETRY: column}}
 

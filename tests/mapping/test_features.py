@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyproj
 import pytest
-import shapely
 from hypothesis import given, settings, strategies as st
 
 from rtshpc.core.errors import RunError
@@ -17,25 +16,25 @@ from rtshpc.mapping.features import Features, joined, read_features, write_featu
 from .table_making import UTM, table
 
 
-def same(one: Features, other: Features) -> None:
-    assert same_crs(one.crs_wkt, other.crs_wkt)
-    assert list(one.columns) == list(other.columns)
-    assert shapely.equals_exact(one.geometry, other.geometry, 0.0).all()
-    for name, values in one.columns.items():
-        np.testing.assert_array_equal(values, other[name], err_msg=name)
-        assert values.dtype == other[name].dtype
-
-
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_what_is_written_is_read_back_and_written_again_in_the_same_bytes(tmp_path: Path, count: int) -> None:
     written = table(count)
     write_features(tmp_path / "a.parquet", written)
     found = read_features(tmp_path / "a.parquet")
-    same(written, found)
+    assert found.same(written)
     write_features(tmp_path / "b.parquet", found)
     write_features(tmp_path / "c.parquet", written)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "c.parquet").read_bytes()
-    same(found, read_features(tmp_path / "b.parquet"))
+    assert read_features(tmp_path / "b.parquet").same(found)
+
+
+def test_a_row_may_have_no_place(tmp_path: Path) -> None:
+    rows = table(3)
+    placeless = Features(UTM, [None, *rows.geometry[1:]], rows.columns)  # pyright: ignore[reportArgumentType]
+    for count in (3, 1):
+        written = placeless.take(np.arange(count)).ordered()
+        write_features(tmp_path / "a.parquet", written)
+        assert read_features(tmp_path / "a.parquet").same(written)
 
 
 @pytest.mark.parametrize("epsg", [4326, 3413, 6931, 32660, 3338])
@@ -70,7 +69,7 @@ def test_a_damaged_or_absent_table_is_one_line(tmp_path: Path) -> None:
 @given(order=st.permutations(range(6)))
 def test_the_order_of_rows_depends_on_what_they_say_alone(order: list[int]) -> None:
     rows = table(6)
-    same(rows.ordered(), rows.take(np.array(order)).ordered())
+    assert rows.take(np.array(order)).ordered().same(rows.ordered())
 
 
 def test_tables_are_joined_and_what_one_lacks_is_not_known_there() -> None:
