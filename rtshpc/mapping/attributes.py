@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -21,9 +21,7 @@ from rtshpc.geo.crs import LONLAT, Six, transformer
 from rtshpc.geo.scene import OpenScene, open_scene
 from rtshpc.mapping import features as table
 from rtshpc.mapping.features import Features
-
-if TYPE_CHECKING:
-    from rtshpc.mapping.mosaic import MapInstance
+from rtshpc.mapping.mosaic import MapInstance
 
 RING_PX = 5
 """The ring around an instance is as wide; pixels of other instances are no part of it."""

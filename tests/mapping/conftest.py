@@ -1,8 +1,9 @@
-"""Lets the tests of mapping use the maker of small rasters of geo, `geo_making`."""
+"""Lets tests import the makers of this folder (`mapping_making`, `table_making`) and of small rasters (`geo_making`)."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "geo"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "geo")]
