@@ -8,12 +8,11 @@ import numpy as np
 import pyproj
 import pytest
 from hypothesis import given, settings, strategies as st
+from table_making import UTM, table
 
 from rtshpc.core.errors import RunError
 from rtshpc.geo.align import same_crs
 from rtshpc.mapping.features import Features, joined, read_features, write_features
-
-from .table_making import UTM, table
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])

@@ -11,6 +11,7 @@ import pyproj
 import pytest
 import shapely
 from hypothesis import given, settings, strategies as st
+from table_making import UTM, table
 
 from rtshpc.core.errors import RunError
 from rtshpc.core.mapping.ground import Ground
@@ -19,8 +20,6 @@ from rtshpc.mapping import layers
 from rtshpc.mapping.attributes import ground_measures, moved
 from rtshpc.mapping.features import Features
 from rtshpc.mapping.layers import MAPPED, Outcome, footprints, in_one_crs, to_degrees, write_geopackage, write_layer
-
-from .table_making import UTM, table
 
 LONLAT = pyproj.CRS.from_epsg(4326).to_wkt()
 GEOD = pyproj.Geod(ellps="WGS84")
