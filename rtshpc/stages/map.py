@@ -226,12 +226,7 @@ def pieces_of(number: int, box: ChipBox, detections: Detections, config: RunConf
     kept = torch.nonzero(detections.scores_N >= config.map.score_threshold)[:, 0]
     if not len(kept):
         return
-    chosen = Detections(
-        detections.boxes_N4[kept],
-        detections.scores_N[kept],
-        detections.classes_N[kept],
-        None if detections.mask_probs_NHW is None else detections.mask_probs_NHW[kept],
-    )
+    chosen = detections.take(kept)
     side = box.size * config.data.chip.enlarge
     masks = chosen.masks(box.size, box.size, side, side).numpy()
     masks = masks[:, : layout.height - box.row, : layout.width - box.col]

@@ -85,8 +85,9 @@ def _named(rows: list[Row]) -> list[Row]:
     for number, row in enumerate(rows, 1):
         image = row.get("image", "")
         stem = Path(image).stem
-        own = stem if stems[stem] == 1 else Path(image).with_suffix("").as_posix().strip("/.").replace("/", "-")
-        found.append({**row, "scene": row.get("scene") or (own if image else f"unnamed row {number}")})
+        whole = image.removesuffix(Path(image).suffix).strip("/.").replace("/", "-")
+        own = f"unnamed row {number}" if not image else stem if stems[stem] == 1 else whole
+        found.append({**row, "scene": row.get("scene") or own})
     return found
 
 
