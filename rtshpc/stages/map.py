@@ -16,11 +16,10 @@ from rtshpc.core.config import RunConfig
 from rtshpc.core.errors import RunError, SceneRejected
 from rtshpc.core.mapping.ground import Ground, MapScene
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Progress
+from rtshpc.core.records import Progress, file_facts
 from rtshpc.core.scenes import VIRTUAL
 from rtshpc.data.normalise import normalise
 from rtshpc.data.reader import enlarged_image
-from rtshpc.data.shard import file_sha256
 from rtshpc.engine.detectors import mapping_detector
 from rtshpc.engine.distributed import choose_device
 from rtshpc.engine.predict import autocast
@@ -106,7 +105,6 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         told["rejected"] = {"reason": error.reason, "detail": error.detail}
     out = paths.cell(cell.id).pieces
     write_pieces(out, found.pieces)
-    file = {"file": out.name, "bytes": out.stat().st_size, "sha256": file_sha256(out)}
     counts = {"chips": found.mapped + found.empty, "mapped": found.mapped, "empty": found.empty}
     return {
         "rejected": None,
@@ -116,7 +114,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         "missing": facts.missing,
         "valid_px": found.valid_px,
         "pieces": len(found.pieces),
-        "files": [file],
+        "files": [file_facts(out)],
     }
 
 
