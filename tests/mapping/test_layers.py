@@ -11,15 +11,14 @@ import pyproj
 import pytest
 import shapely
 from hypothesis import given, settings, strategies as st
-from table_making import UTM, table
+from table_making import UTM, outcome, table
 
 from rtshpc.core.errors import RunError
-from rtshpc.core.mapping.ground import Ground
 from rtshpc.geo.align import same_crs
 from rtshpc.mapping import layers
 from rtshpc.mapping.attributes import ground_measures, moved
 from rtshpc.mapping.features import Features
-from rtshpc.mapping.layers import MAPPED, Outcome, footprints, in_one_crs, to_degrees, write_geopackage, write_layer
+from rtshpc.mapping.layers import Outcome, footprints, in_one_crs, to_degrees, write_geopackage, write_layer
 
 LONLAT = pyproj.CRS.from_epsg(4326).to_wkt()
 GEOD = pyproj.Geod(ellps="WGS84")
@@ -27,13 +26,6 @@ GEOD = pyproj.Geod(ellps="WGS84")
 
 def wkt(epsg: int) -> str:
     return pyproj.CRS.from_epsg(epsg).to_wkt()
-
-
-def outcome(
-    name: str, epsg: int, left: float, top: float, step: float, state: str = MAPPED, reason: str = ""
-) -> Outcome:
-    ground = Ground(crs_wkt=wkt(epsg), transform=(step, 0, left, 0, -step, top), height=100, width=100, resolution_m=10)
-    return Outcome(name, "Peel", "2020-07-01", f"{name}.tif", ground, state, reason, valid_px=4000)
 
 
 def test_both_formats_open_in_geopandas_and_are_the_same_bytes_each_time(tmp_path: Path) -> None:
