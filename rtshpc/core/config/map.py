@@ -40,7 +40,7 @@ class MapConfig(Section):
         1,
         ge=1,
     )
-    precision: Literal["trained", "fp32", "bf16", "fp16"] = doc("autocast type; trained = as in training", "trained")
+    precision: Literal["fp32", "bf16", "fp16"] = doc("autocast type; `launch map` takes the training's", "fp32")
     device: Literal["auto", "cpu", "cuda"] = doc("auto takes a GPU where one is visible", "auto")
     threads: int = doc("torch threads of a task; part of the result on CPU", 1, ge=1)
     dem: str = doc("modality that is a terrain model, m: instances are given slope, elevation and aspect", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rtshpc.core.config.section import Section, doc
 from rtshpc.core.records import read_json, write_json
-from rtshpc.core.scenes import Scene
+from rtshpc.core.scenes import VIRTUAL, Scene
 
 
 class Ground(Section):
@@ -40,6 +40,12 @@ class MapScene(Seen):
 
     scene: Scene = doc("its files, site and date")
     fingerprint: str = doc("SHA-256 of its facts and of its files' names, sizes and ends")
+
+
+def folders_of(scenes: Iterable[Scene]) -> list[Path]:
+    """Folders of the files of scenes, each once; virtual files have none."""
+    files = (file for scene in scenes for file in (scene.image, *scene.files.values()))
+    return list(dict.fromkeys(Path(file).parent for file in files if file and not file.startswith(VIRTUAL)))
 
 
 def read_frozen(path: Path) -> list[MapScene] | None:

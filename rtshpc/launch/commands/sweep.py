@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rtshpc.launch.commands.options import load_config, sweep_options
+
+if TYPE_CHECKING:
+    from rtshpc.launch.plan import Plan
 
 
 @click.command(short_help="Run what is missing of a sweep.")
@@ -37,10 +40,17 @@ def plan(
     """Show stages, arrays and cells of a sweep, and what is already done. Writes nothing."""
     resolved = load_config(config, site, sets)
     from rtshpc.launch.plan import make_plan
-    from rtshpc.launch.submit import refuse_other_data, scripts
+    from rtshpc.launch.submit import refuse_other_data
 
     found = make_plan(resolved, Path(runs), until)
     refuse_other_data(found)
+    return show_plan(found, as_json, as_scripts)
+
+
+def show_plan(found: Plan, as_json: bool, as_scripts: bool) -> int:
+    """Print a plan: as text, as JSON, or as the batch scripts of a Slurm site."""
+    from rtshpc.launch.submit import scripts
+
     if as_scripts:
         for array, text in scripts(found):
             click.echo(f"# JOB{array.number + 1}: {array.stage}, {len(array.cells)} cells\n{text}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rtshpc.core.cell import STAGES, Cell
+from rtshpc.core.cell import LENIENT, STAGES, Cell
 
 Link = tuple[int | str, int | None]
 """What a job waits for: an array of the same plan by number, or a job by Slurm's; and its element, None = all of it."""
@@ -44,8 +44,8 @@ def arrays(todo: Sequence[Cell], queued: Mapping[str, str], most: int) -> list[A
 
     Cells that build on the same cells are one array, and wait for those elements only: a cell starts as soon as its
     own backbones are there, and a failed one takes none along that does not build on it. What is one to one (the
-    evaluations of trained cells) waits element by element. The index and the summary wait for the end of what they
-    read, however it ended: both say what is missing.
+    evaluations of trained cells) waits element by element. The index, the summary and lenient stages wait for the end of
+    what they read, however it ended: they say what is missing.
 
     Args:
         todo: cells to do, in stage order.
@@ -74,7 +74,7 @@ class _Arranger:
                 everything = [(array.number, None) for array in self.arrays]
                 before = [(_job_link(job)[0], None) for job in queued.values()]
                 self._add(cells, "afterany", [*everything, *before])
-            elif stage == "gather":
+            elif stage == "gather" or stage in LENIENT:
                 whole = [(self._place[need][0], None) for cell in cells for need in self._needs(cell)]
                 self._add(cells, "afterany", whole)
             else:

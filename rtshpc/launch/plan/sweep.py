@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtshpc.core.cell import STAGES, Cell
+from rtshpc.core.cell import SWEEP_STAGES, Cell
 from rtshpc.core.config import RunConfig
 from rtshpc.core.config.run import NO_FILE
 from rtshpc.core.errors import ConfigError, RtshpcError, unknown
@@ -84,6 +85,11 @@ class Plan:
             "free_bytes": shutil.disk_usage(root).free,
         }
 
+    def remember(self) -> None:
+        """Keep the hashes of input files, which take long to find."""
+        fingerprint_of(self.config, self.paths, remember=True)
+        with_known_start(self.config, self.paths, remember=True)
+
     def describe(self) -> dict[str, Any]:
         """The plan as JSON: what plan.json holds and `plan --json` prints."""
         todo = {cell.id for cell in self.todo}
@@ -120,7 +126,7 @@ class Plan:
             "executor": self.config.site.executor,
             "data": self.config.data.name,
             "data_fingerprint": self.fingerprint,
-            "gather": self.gather.id,
+            "gather": next((cell.id for cell in self.cells if cell.stage == "gather"), None),
             "features": self.features(),
             "stages": counts,
             "cells": listed,
@@ -143,7 +149,13 @@ def make_plan(config: RunConfig, runs: Path, until: str | None = None) -> Plan:
 
 
 def plan_in(config: RunConfig, paths: RunPaths, until: str | None = None) -> Plan:
-    """As `make_plan`, for a run folder of any name."""
+    """As `make_plan`, for a run folder of any name.
+
+    Raises:
+        RtshpcError: see `make_plan`; or it is the config of a map run.
+    """
+    if config.map.model:
+        raise ConfigError("map.model is given: this is the config of a map run, which `map` and `retry` work on")
     fingerprint = fingerprint_of(config, paths)
     config = with_known_start(config, paths)
     found = cells(config, fingerprint)
@@ -208,11 +220,11 @@ def _refuse_lost_start(config: RunConfig) -> None:
 def stages_until(until: str | None) -> tuple[str, ...]:
     """The stages up to and with `until`; preprocess takes gather along, which makes its index."""
     if until is None:
-        return STAGES
-    if until not in STAGES:
-        raise RtshpcError(unknown("--until", until, STAGES))
+        return SWEEP_STAGES
+    if until not in SWEEP_STAGES:
+        raise RtshpcError(unknown("--until", until, SWEEP_STAGES))
     last = "gather" if until == "preprocess" else until
-    return STAGES[: STAGES.index(last) + 1]
+    return SWEEP_STAGES[: SWEEP_STAGES.index(last) + 1]
 
 
 def fingerprint_of(config: RunConfig, paths: RunPaths, remember: bool = False) -> str:
@@ -220,8 +232,15 @@ def fingerprint_of(config: RunConfig, paths: RunPaths, remember: bool = False) -
     scenes = list_scenes(config.data, paths.scenes)
     if remember:
         return data_fingerprint(config.data, scenes, paths.fingerprints)
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) / paths.fingerprints.name
-        if paths.fingerprints.is_file():
-            shutil.copyfile(paths.fingerprints, cache)
+    with borrowed(paths.fingerprints) as cache:
         return data_fingerprint(config.data, scenes, cache)
+
+
+@contextmanager
+def borrowed(cache: Path) -> Generator[Path]:
+    """A copy of a file of hashes, which may be changed and is thrown away."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / cache.name
+        if cache.is_file():
+            shutil.copyfile(cache, copy)
+        yield copy
