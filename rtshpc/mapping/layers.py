@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ from typing import Any
 import numpy as np
 import pyogrio
 import pyproj
+import rasterio
 import shapely
 from numpy.typing import NDArray
+from rasterio.features import rasterize
+from rasterio.shutil import copy
+from rasterio.transform import Affine
+from rasterio.windows import Window
 
 from rtshpc.core.errors import RunError
 from rtshpc.core.mapping.ground import Ground
@@ -24,6 +30,7 @@ from rtshpc.mapping.attributes import ground_measures, moved
 from rtshpc.mapping.features import Features, joined, read_features, write_features
 
 MAPPED = "mapped"
+_STRIP_PX = 512
 _EDGE_STEPS = 16
 """Parts that a footprint's edge is cut into, so that it follows the ground in degrees too."""
 _CLOCK = "2000-01-01T00:00:00.000Z"
@@ -211,3 +218,36 @@ def write_layer(stem: Path, features: Features, name: str) -> list[Path]:
     if not read_features(parquet).same(features):
         raise RunError(f"{parquet}: does not read back as it was written")
     return [package, parquet]
+
+
+def write_scores(path: Path, ground: Ground, features: Features) -> None:
+    """Write a COG (float32) on a scene's grid: the score of the instance that a pixel belongs to, 0 and nodata elsewhere.
+
+    Args:
+        path: where to.
+        ground: the scene's grid.
+        features: instances in its CRS, outlined along its pixels.
+    """
+    profile = {"driver": "GTiff", "tiled": True, "blockxsize": _STRIP_PX, "blockysize": _STRIP_PX, "count": 1}
+    place = {
+        "crs": ground.crs_wkt,
+        "transform": Affine(*ground.transform),
+        "height": ground.height,
+        "width": ground.width,
+    }
+    tree = shapely.STRtree(features.geometry)
+    with replacing(path) as temporary, ExitStack() as stack:
+        plain = temporary.with_name(f"{temporary.name}.plain.tmp")
+        stack.callback(plain.unlink, missing_ok=True)
+        with rasterio.open(plain, "w", **profile, **place, dtype="float32", nodata=0, compress="deflate") as file:
+            for top in range(0, ground.height, _STRIP_PX):
+                rows = min(_STRIP_PX, ground.height - top)
+                window = Window(0, top, ground.width, rows)  # pyright: ignore[reportCallIssue]
+                strip = file.window_transform(window)
+                xs, ys = corners(tuple(strip)[:6], ground.width, rows, steps=1)  # pyright: ignore[reportArgumentType]
+                chosen = np.sort(tree.query(shapely.Polygon(list(zip(xs, ys, strict=True)))))
+                if len(chosen):
+                    pairs = [(features.geometry[row], features[table.SCORE][row]) for row in chosen]
+                    drawn = rasterize(pairs, (rows, ground.width), transform=strip, dtype="float32")
+                    file.write(drawn, 1, window=window)
+        copy(plain, temporary, driver="COG", compress="deflate", overview_resampling="average")

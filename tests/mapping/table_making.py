@@ -8,7 +8,9 @@ import numpy as np
 import pyproj
 import shapely
 
+from rtshpc.core.mapping.ground import Ground
 from rtshpc.mapping.features import Features
+from rtshpc.mapping.layers import MAPPED, Outcome
 
 UTM = pyproj.CRS.from_epsg(32608).to_wkt()
 
@@ -36,3 +38,17 @@ def table(count: int = 5, crs_wkt: str = UTM, seed: int = 0, **columns: Any) -> 
         "pieces": np.arange(count),
     }
     return Features(crs_wkt, shapes, {**values, **columns})  # pyright: ignore[reportArgumentType]
+
+
+def outcome(
+    name: str, epsg: int, left: float, top: float, step: float, state: str = MAPPED, reason: str = ""
+) -> Outcome:
+    """What became of a scene of 100 x 100 px."""
+    ground = Ground(
+        crs_wkt=pyproj.CRS.from_epsg(epsg).to_wkt(),
+        transform=(step, 0, left, 0, -step, top),
+        height=100,
+        width=100,
+        resolution_m=10,
+    )
+    return Outcome(name, "Peel", "2020-07-01", f"{name}.tif", ground, state, reason, valid_px=4000)

@@ -9,9 +9,11 @@ import numpy as np
 import pyogrio
 import pyproj
 import pytest
+import rasterio
 import shapely
 from hypothesis import given, settings, strategies as st
-from table_making import UTM, table
+from rasterio.transform import Affine
+from table_making import UTM, outcome, table
 
 from rtshpc.core.errors import RunError
 from rtshpc.core.mapping.ground import Ground
@@ -19,7 +21,17 @@ from rtshpc.geo.align import same_crs
 from rtshpc.mapping import layers
 from rtshpc.mapping.attributes import ground_measures, moved
 from rtshpc.mapping.features import Features
-from rtshpc.mapping.layers import MAPPED, Outcome, footprints, in_one_crs, to_degrees, write_geopackage, write_layer
+from rtshpc.mapping.layers import (
+    Outcome,
+    footprints,
+    in_one_crs,
+    to_degrees,
+    write_geopackage,
+    write_layer,
+    write_scores,
+)
+from rtshpc.mapping.mosaic import MapInstance
+from rtshpc.mapping.outlines import outlines
 
 LONLAT = pyproj.CRS.from_epsg(4326).to_wkt()
 GEOD = pyproj.Geod(ellps="WGS84")
@@ -27,13 +39,6 @@ GEOD = pyproj.Geod(ellps="WGS84")
 
 def wkt(epsg: int) -> str:
     return pyproj.CRS.from_epsg(epsg).to_wkt()
-
-
-def outcome(
-    name: str, epsg: int, left: float, top: float, step: float, state: str = MAPPED, reason: str = ""
-) -> Outcome:
-    ground = Ground(crs_wkt=wkt(epsg), transform=(step, 0, left, 0, -step, top), height=100, width=100, resolution_m=10)
-    return Outcome(name, "Peel", "2020-07-01", f"{name}.tif", ground, state, reason, valid_px=4000)
 
 
 def test_both_formats_open_in_geopandas_and_are_the_same_bytes_each_time(tmp_path: Path) -> None:
@@ -155,3 +160,26 @@ def test_zones_meet_in_degrees_and_one_crs_is_kept() -> None:
     assert shapely.area(shapely.union_all(back)) == pytest.approx(shapely.area(shapely.union_all(there)), rel=1e-6)
     assert both.same(in_one_crs([other, one]))
     assert isinstance(both, Features)
+
+
+@pytest.mark.parametrize("turn", [0.0, 30.0])
+def test_a_cog_of_scores_holds_each_instance_pixel_by_pixel(tmp_path: Path, turn: float) -> None:
+    place = Affine.translation(500_000, 7_600_000) @ Affine.rotation(turn) @ Affine.scale(10, -10)
+    ground = Ground(crs_wkt=UTM, transform=tuple(place)[:6], height=1200, width=700, resolution_m=10)  # pyright: ignore[reportArgumentType]
+    draw, masks = np.random.default_rng(0), np.zeros((1200, 700), np.float32)
+    instances = []
+    for row, col in ((3, 5), (500, 600), (1100, 200)):
+        mask = draw.random((40, 60)) < 0.6
+        score = round(float(draw.random()), 3)
+        instances.append(MapInstance(row, col, mask, score, 0, "a", 1))
+        masks[row : row + 40, col : col + 60][mask] = score
+    rows = Features(UTM, outlines(instances, ground.transform), {"score": np.array([one.score for one in instances])})  # pyright: ignore[reportArgumentType]
+    write_scores(tmp_path / "scores.tif", ground, rows)
+    with rasterio.open(tmp_path / "scores.tif") as file:
+        np.testing.assert_array_equal(file.read(1), masks)
+        assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and file.nodata == 0 and file.overviews(1)
+        assert same_crs(file.crs.to_wkt(), UTM) and file.transform.almost_equals(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.tif"]
+    write_scores(tmp_path / "none.tif", ground, rows.take(np.zeros(3, bool)))
+    with rasterio.open(tmp_path / "none.tif") as file:
+        assert not file.read(1).any()
