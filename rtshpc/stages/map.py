@@ -213,10 +213,14 @@ def find_pieces(
 
 
 def _take(found: Found, batch: Sequence[Ready], detect: Detect, config: RunConfig, layout: Layout) -> None:
-    images = {name: torch.stack([chip.images[name] for chip in batch]) for name in batch[0].images}
+    images = {name: _stacked([chip.images[name] for chip in batch]) for name in batch[0].images}
     for chip, one in zip(batch, detect(images), strict=True):
         found.pieces += pieces_of(chip.number, chip.box, one, config, layout)
     found.mapped += len(batch)
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    return images[0][None] if len(images) == 1 else torch.stack(list(images))
 
 
 def pieces_of(number: int, box: ChipBox, detections: Detections, config: RunConfig, layout: Layout) -> Iterable[Piece]:

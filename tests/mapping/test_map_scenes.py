@@ -93,8 +93,9 @@ def test_grouping_thousands_of_scenes_takes_a_moment() -> None:
 @pytest.mark.parametrize(("height", "width"), [(40, 50), (16, 16), (9, 70), (5, 6)])
 @pytest.mark.parametrize("block_px", [64, 20])
 def test_strips_hold_the_chips_of_the_scene_each_once_in_order(
-    tmp_path: Path, height: int, width: int, block_px: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, height: int, width: int, block_px: int
 ) -> None:
+    monkeypatch.setattr("rtshpc.mapping.scenes.strips.STRIP_PX", 28 * width)
     pixels = reflectance(height, width)
     pixels[:, : height // 2, : width // 3] = -9999
     scene = Scene(id="a", image=str(write_tif(tmp_path / "a.tif", pixels, BANDS, nodata=-9999)))
