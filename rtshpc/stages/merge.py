@@ -13,8 +13,7 @@ from rtshpc.core.load import read_run_config
 from rtshpc.core.mapping.cells import inputs_of
 from rtshpc.core.mapping.ground import Ground, MapScene
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Progress, Record, read_record
-from rtshpc.data.shard import file_sha256
+from rtshpc.core.records import Progress, Record, file_facts, read_record
 from rtshpc.geo.scene import OpenScene, open_scene
 from rtshpc.mapping.attributes import Origin, describe
 from rtshpc.mapping.features import write_features
@@ -73,7 +72,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         "notes": notes,
         "crs_wkt": crs_wkt,
         "transform": list(transform),
-        "files": [{"file": out.name, "bytes": out.stat().st_size, "sha256": file_sha256(out)}],
+        "files": [file_facts(out)],
     }
 
 

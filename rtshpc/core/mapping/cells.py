@@ -54,9 +54,10 @@ def _hashed(config: RunConfig) -> dict[str, Any]:
 
 def _map_cell(config: RunConfig, hashed: dict[str, Any], scene: MapScene, block: int) -> Cell:
     of = f" {block + 1}/{scene.blocks}" if scene.blocks > 1 else ""
+    seen = scene.model_dump(mode="json", include={"ground", "reason", "blocks"})
     return _cell(
         "map",
-        {**hashed, "scene": scene.fingerprint, "block": block},
+        {**hashed, **seen, "scene": scene.fingerprint, "block": block},
         f"map {scene.scene.id}{of}",
         config,
         modalities=config.map.modalities,
