@@ -22,6 +22,7 @@ from rtshpc.mapping.outlines import outlines
 from rtshpc.mapping.pieces import Piece, read_pieces
 from rtshpc.mapping.scenes.strips import CACHE_BYTES
 from rtshpc.mapping.scenes.survey import layout_of
+from rtshpc.report.overview.quicklook import write_quicklooks
 
 State = dict[str, Any]
 
@@ -60,6 +61,8 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     )
     out = paths.cell(cell.id).instances
     write_features(out, table)
+    looks = {paths.cell(cell.id).quicklook(cell.scenes.index(scene)): scene.scene for scene in mapped}
+    notes += write_quicklooks(looks, cell.config.data)
     counts = Counter(instance.scene for instance in instances)
     return {
         **told,
