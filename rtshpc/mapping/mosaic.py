@@ -32,7 +32,7 @@ Ground = Callable[[int, int, int, int], Mask]
 """Top, left, bottom, right in the scene's px -> bool (h, w), where the scene has data."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class PlacedScene:
     """What the chips of one scene saw.
 
@@ -53,7 +53,7 @@ class PlacedScene:
     ground: Ground | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class MapInstance:
     """One slump of the map.
 
@@ -86,12 +86,9 @@ def merge(scenes: Sequence[PlacedScene]) -> list[MapInstance]:
         return []
     joined, rivals = _compare(views, _pairs(views))
     group = _groups(len(views.own), joined)
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, first in enumerate(group):
-        members[first].append(index)
-    instances = {first: _assemble(views, found) for first, found in members.items()}
-    claimed = {(min(group[a], group[b]), max(group[a], group[b])) for a, b in rivals}
-    _settle(instances, [(a, b) for a, b in claimed if a != b])
+    instances = _assemble(views, group)
+    claimed = {(int(group[a]), int(group[b])) for a, b in rivals if group[a] != group[b]}
+    _settle(instances, claimed)
     return sorted(instances.values(), key=_content)
 
 
@@ -194,9 +191,8 @@ def _owned(pieces: list[Piece], box: Boxes, inside: Boxes) -> tuple[list[Mask | 
     """The px of each piece in its core, tight, None without any; and the boxes of these."""
     own: list[Mask | None] = [piece.mask for piece in pieces]
     own_box = box.copy()
-    for index in np.flatnonzero((inside != box).any(axis=1)).tolist():
-        top, left = box[index, :2].tolist()
-        part = inside[index].tolist()
+    cut = np.flatnonzero((inside != box).any(axis=1))
+    for index, (top, left, _, _), part in zip(cut.tolist(), box[cut].tolist(), inside[cut].tolist(), strict=True):
         found = None if part[2] <= part[0] or part[3] <= part[1] else tight(_cut(pieces[index].mask, top, left, part))
         if found is None:
             own[index] = None
@@ -317,7 +313,7 @@ def _repeated(views: _Views, index: int, window: Boxes) -> Mask:
     return np.pad(held, list(zip(before, after, strict=True)), mode="edge")
 
 
-def _groups(count: int, joined: Iterable[tuple[int, int]]) -> list[int]:
+def _groups(count: int, joined: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
     """For each of `count` pieces the lowest index it is joined with, however many joins lie between."""
     parent = list(range(count))
 
@@ -329,27 +325,38 @@ def _groups(count: int, joined: Iterable[tuple[int, int]]) -> list[int]:
     for a, b in joined:
         low, high = sorted((find(a), find(b)))
         parent[high] = low
-    return [find(index) for index in range(count)]
+    return np.array([find(index) for index in range(count)], np.int64)
 
 
-def _assemble(views: _Views, members: list[int]) -> MapInstance:
-    """One instance of the decided parts of its pieces."""
-    if len(members) == 1:
-        (index,) = members
-        row, col = views.own_box[index, :2].tolist()
-        score, kind = views.facts[index]
-        return MapInstance(row, col, views.own[index], score, kind, views.scenes[views.scene[index]].name, 1)
-    boxes = views.own_box[members]
-    top, left = boxes[:, :2].min(axis=0).tolist()
-    bottom, right = boxes[:, 2:].max(axis=0).tolist()
+def _assemble(views: _Views, group: NDArray[np.int64]) -> dict[int, MapInstance]:
+    """For each group of pieces, named by its lowest, the instance of their decided parts."""
+    names = [views.scenes[number].name for number in views.scene.tolist()]
+    alone = np.flatnonzero(np.bincount(group, minlength=len(group)) == 1)
+    tops, lefts = views.own_box[alone, 0].tolist(), views.own_box[alone, 1].tolist()
+    found = {
+        index: MapInstance(row, col, views.own[index], *views.facts[index], names[index], 1)
+        for index, row, col in zip(alone.tolist(), tops, lefts, strict=True)
+    }
+    members: dict[int, list[int]] = defaultdict(list)
+    for index in np.flatnonzero(~np.isin(group, alone)).tolist():
+        members[int(group[index])].append(index)
+    return found | {first: _united(views, several, names) for first, several in members.items()}
+
+
+def _united(views: _Views, members: list[int], names: list[str]) -> MapInstance:
+    """One instance of several pieces."""
+    boxes = views.own_box[members].tolist()
+    top, left, bottom, right = (
+        pick(side) for pick, side in zip((min, min, max, max), zip(*boxes, strict=True), strict=True)
+    )
     mask = np.zeros((bottom - top, right - left), np.bool_)
     kinds: Counter[int] = Counter()
     held: Counter[str] = Counter()
-    for index, (row, col, low, far) in zip(members, boxes.tolist(), strict=True):
+    for index, (row, col, low, far) in zip(members, boxes, strict=True):
         mask[row - top : low - top, col - left : far - left] |= views.own[index]
         area = int(np.count_nonzero(views.own[index]))
         kinds[views.facts[index][1]] += area
-        held[views.scenes[views.scene[index]].name] += area
+        held[names[index]] += area
     score = max(views.facts[index][0] for index in members)
     return MapInstance(top, left, mask, score, _most(kinds), _most(held), len(members))
 

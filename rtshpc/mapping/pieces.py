@@ -32,7 +32,7 @@ _HEAD = np.dtype(
 _DIGEST = hashlib.sha256().digest_size
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Piece:
     """One instance as one chip saw it.
 
