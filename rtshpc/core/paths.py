@@ -64,6 +64,16 @@ class CellPaths:
         return self.root / "journal.jsonl"
 
     @property
+    def pieces(self) -> Path:
+        """Map: instances as the chips of a block saw them."""
+        return self.root / "pieces.bin"
+
+    @property
+    def instances(self) -> Path:
+        """Merge: the features of a group of scenes."""
+        return self.root / "instances.parquet"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -141,6 +151,11 @@ class RunPaths:
     def scenes(self) -> Path:
         """Generated scenes, where the data config asks for them."""
         return self.root / "scenes"
+
+    @property
+    def frozen(self) -> Path:
+        """Of a map run: its scenes, as they were when it was submitted."""
+        return self.root / "scenes.json"
 
     @property
     def shards(self) -> Path:

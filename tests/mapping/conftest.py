@@ -1,6 +1,9 @@
-"""Tests of the folder import `mapping_making` from here."""
+"""Lets tests import the makers of this folder (`mapping_making`, `table_making`) and of small rasters (`geo_making`)."""
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "geo")]

@@ -83,7 +83,7 @@ def retry(run: str, wanted: tuple[str, ...], site: str | None, sets: tuple[str, 
     from rtshpc.core.load import load_run
     from rtshpc.launch.jobs import choose, refuse_other_keys, with_more_memory
     from rtshpc.launch.launch import launch
-    from rtshpc.launch.plan import plan_in
+    from rtshpc.launch.plan import plan_again
     from rtshpc.launch.status import read_plan, run_status
 
     refuse_other_keys(sets)
@@ -93,4 +93,4 @@ def retry(run: str, wanted: tuple[str, ...], site: str | None, sets: tuple[str, 
     if "oom" in wanted and site is None and not sets:
         config = with_more_memory(config, run_status(paths)["cells"])
         click.echo(f"{paths.root}: site.memory_gb is {config.site.memory_gb} from now on")
-    return launch(lambda: replace(plan_in(config, paths, until), only=only))
+    return launch(lambda: replace(plan_again(config, paths, until), only=only))
