@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,15 @@ def merge(scenes: Sequence[PlacedScene]) -> list[MapInstance]:
     instances = _assemble(views, group)
     claimed = {(int(group[a]), int(group[b])) for a, b in rivals if group[a] != group[b]}
     _settle(instances, claimed)
-    return sorted(instances.values(), key=_content)
+    return _sorted(list(instances.values()))
+
+
+def _sorted(instances: list[MapInstance]) -> list[MapInstance]:
+    """By place, and by content where two begin at one place, which is rare."""
+    places = {(one.row << 40) + one.col: one for one in instances}
+    if len(places) == len(instances):
+        return [one for _, one in sorted(places.items(), key=itemgetter(0))]
+    return sorted(instances, key=_content)
 
 
 def _content(one: MapInstance) -> tuple[Any, ...]:
@@ -103,20 +112,19 @@ class _Views:
     Attributes:
         scenes: of the group.
         grounds: (scenes, 4) what each scene covers.
-        masks: as seen.
-        box: of the masks.
+        pieces: as seen.
+        box: of their masks.
         own: the parts in the cores.
         own_box: of these.
         chip_box: what the piece's chip saw.
         near: the part of `box` in the core and in the cores around it.
         scene: index of each piece's scene.
         chip: index of each piece's chip in its scene.
-        facts: score and kind.
     """
 
     scenes: list[PlacedScene]
     grounds: Boxes
-    masks: list[Mask]
+    pieces: list[Piece]
     box: Boxes
     own: list[Mask]
     own_box: Boxes
@@ -124,7 +132,6 @@ class _Views:
     near: Boxes
     scene: NDArray[np.int64]
     chip: NDArray[np.int64]
-    facts: list[tuple[float, int]]
 
     @classmethod
     def of(cls, scenes: list[PlacedScene]) -> _Views:
@@ -134,8 +141,9 @@ class _Views:
         scene = np.repeat(np.arange(len(scenes)), np.diff(ends))
         chip = np.array([piece.chip for piece in pieces], np.int64)
         shift = grounds[scene, :2]
-        corner = np.array([(piece.row, piece.col) for piece in pieces], np.int64).reshape(-1, 2) + shift
-        box = np.hstack([corner, corner + np.array([piece.mask.shape for piece in pieces], np.int64).reshape(-1, 2)])
+        corner = np.array([[piece.row for piece in pieces], [piece.col for piece in pieces]], np.int64).T + shift
+        sides = [[piece.mask.shape[axis] for piece in pieces] for axis in (0, 1)]
+        box = np.hstack([corner, corner + np.array(sides, np.int64).T])
         core, around, seen = np.empty_like(box), np.empty_like(box), np.empty_like(box)
         for number, placed in enumerate(scenes):
             mine = slice(ends[number], ends[number + 1])
@@ -144,11 +152,10 @@ class _Views:
         seen = _common(seen + place, grounds[scene])
         own, own_box = _owned(pieces, box, _common(box, core + place))
         kept = np.array([mask is not None for mask in own], np.bool_)
-        chosen = [piece for piece, keep in zip(pieces, kept, strict=True) if keep]
         return cls(
             scenes=scenes,
             grounds=grounds,
-            masks=[piece.mask for piece in chosen],
+            pieces=[piece for piece, mask in zip(pieces, own, strict=True) if mask is not None],
             box=box[kept],
             own=[mask for mask in own if mask is not None],
             own_box=own_box[kept],
@@ -156,7 +163,6 @@ class _Views:
             near=_common(box, around + place)[kept],
             scene=scene[kept],
             chip=chip[kept],
-            facts=[(piece.score, piece.kind) for piece in chosen],
         )
 
 
@@ -253,7 +259,7 @@ def _compare(views: _Views, pairs: Boxes) -> tuple[list[tuple[int, int]], list[t
 
 def _shared(views: _Views, one: int, other: int, window: Sequence[int]) -> tuple[int, int]:
     """How many px of `window` both pieces hold, and how many either."""
-    first, second = views.masks[one], views.masks[other]
+    first, second = views.pieces[one].mask, views.pieces[other].mask
     (top, left, bottom, right), (row, col, low, far) = views.box[one].tolist(), views.box[other].tolist()
     both = max(top, row, window[0]), max(left, col, window[1]), min(bottom, low, window[2]), min(right, far, window[3])
     shared = int(np.count_nonzero(_cut(first, top, left, both) & _cut(second, row, col, both)))
@@ -280,7 +286,7 @@ def _padded(views: _Views, index: int, window: Sequence[int]) -> Mask:
     top, left, bottom, right = window
     row, col = views.box[index, :2].tolist()
     canvas = np.zeros((bottom - top, right - left), np.bool_)
-    part = _cut(views.masks[index], row, col, window)
+    part = _cut(views.pieces[index].mask, row, col, window)
     at = max(row - top, 0), max(col - left, 0)
     canvas[at[0] : at[0] + part.shape[0], at[1] : at[1] + part.shape[1]] = part
     return canvas
@@ -334,7 +340,9 @@ def _assemble(views: _Views, group: NDArray[np.int64]) -> dict[int, MapInstance]
     alone = np.flatnonzero(np.bincount(group, minlength=len(group)) == 1)
     tops, lefts = views.own_box[alone, 0].tolist(), views.own_box[alone, 1].tolist()
     found = {
-        index: MapInstance(row, col, views.own[index], *views.facts[index], names[index], 1)
+        index: MapInstance(
+            row, col, views.own[index], views.pieces[index].score, views.pieces[index].kind, names[index], 1
+        )
         for index, row, col in zip(alone.tolist(), tops, lefts, strict=True)
     }
     members: dict[int, list[int]] = defaultdict(list)
@@ -355,9 +363,9 @@ def _united(views: _Views, members: list[int], names: list[str]) -> MapInstance:
     for index, (row, col, low, far) in zip(members, boxes, strict=True):
         mask[row - top : low - top, col - left : far - left] |= views.own[index]
         area = int(np.count_nonzero(views.own[index]))
-        kinds[views.facts[index][1]] += area
+        kinds[views.pieces[index].kind] += area
         held[names[index]] += area
-    score = max(views.facts[index][0] for index in members)
+    score = max(views.pieces[index].score for index in members)
     return MapInstance(top, left, mask, score, _most(kinds), _most(held), len(members))
 
 
