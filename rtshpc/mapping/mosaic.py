@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ Ground = Callable[[int, int, int, int], Mask]
 """Top, left, bottom, right in the scene's px -> bool (h, w), where the scene has data."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class PlacedScene:
     """What the chips of one scene saw.
 
@@ -53,7 +54,7 @@ class PlacedScene:
     ground: Ground | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class MapInstance:
     """One slump of the map.
 
@@ -86,13 +87,18 @@ def merge(scenes: Sequence[PlacedScene]) -> list[MapInstance]:
         return []
     joined, rivals = _compare(views, _pairs(views))
     group = _groups(len(views.own), joined)
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, first in enumerate(group):
-        members[first].append(index)
-    instances = {first: _assemble(views, found) for first, found in members.items()}
-    claimed = {(min(group[a], group[b]), max(group[a], group[b])) for a, b in rivals}
-    _settle(instances, [(a, b) for a, b in claimed if a != b])
-    return sorted(instances.values(), key=_content)
+    instances = _assemble(views, group)
+    claimed = {(int(group[a]), int(group[b])) for a, b in rivals if group[a] != group[b]}
+    _settle(instances, claimed)
+    return _sorted(list(instances.values()))
+
+
+def _sorted(instances: list[MapInstance]) -> list[MapInstance]:
+    """By place, and by content where two begin at one place, which is rare."""
+    places = {(one.row << 40) + one.col: one for one in instances}
+    if len(places) == len(instances):
+        return [one for _, one in sorted(places.items(), key=itemgetter(0))]
+    return sorted(instances, key=_content)
 
 
 def _content(one: MapInstance) -> tuple[Any, ...]:
@@ -106,20 +112,19 @@ class _Views:
     Attributes:
         scenes: of the group.
         grounds: (scenes, 4) what each scene covers.
-        masks: as seen.
-        box: of the masks.
+        pieces: as seen.
+        box: of their masks.
         own: the parts in the cores.
         own_box: of these.
         chip_box: what the piece's chip saw.
         near: the part of `box` in the core and in the cores around it.
         scene: index of each piece's scene.
         chip: index of each piece's chip in its scene.
-        facts: score and kind.
     """
 
     scenes: list[PlacedScene]
     grounds: Boxes
-    masks: list[Mask]
+    pieces: list[Piece]
     box: Boxes
     own: list[Mask]
     own_box: Boxes
@@ -127,7 +132,6 @@ class _Views:
     near: Boxes
     scene: NDArray[np.int64]
     chip: NDArray[np.int64]
-    facts: list[tuple[float, int]]
 
     @classmethod
     def of(cls, scenes: list[PlacedScene]) -> _Views:
@@ -137,8 +141,9 @@ class _Views:
         scene = np.repeat(np.arange(len(scenes)), np.diff(ends))
         chip = np.array([piece.chip for piece in pieces], np.int64)
         shift = grounds[scene, :2]
-        corner = np.array([(piece.row, piece.col) for piece in pieces], np.int64).reshape(-1, 2) + shift
-        box = np.hstack([corner, corner + np.array([piece.mask.shape for piece in pieces], np.int64).reshape(-1, 2)])
+        corner = np.array([[piece.row for piece in pieces], [piece.col for piece in pieces]], np.int64).T + shift
+        sides = [[piece.mask.shape[axis] for piece in pieces] for axis in (0, 1)]
+        box = np.hstack([corner, corner + np.array(sides, np.int64).T])
         core, around, seen = np.empty_like(box), np.empty_like(box), np.empty_like(box)
         for number, placed in enumerate(scenes):
             mine = slice(ends[number], ends[number + 1])
@@ -147,11 +152,10 @@ class _Views:
         seen = _common(seen + place, grounds[scene])
         own, own_box = _owned(pieces, box, _common(box, core + place))
         kept = np.array([mask is not None for mask in own], np.bool_)
-        chosen = [piece for piece, keep in zip(pieces, kept, strict=True) if keep]
         return cls(
             scenes=scenes,
             grounds=grounds,
-            masks=[piece.mask for piece in chosen],
+            pieces=[piece for piece, mask in zip(pieces, own, strict=True) if mask is not None],
             box=box[kept],
             own=[mask for mask in own if mask is not None],
             own_box=own_box[kept],
@@ -159,7 +163,6 @@ class _Views:
             near=_common(box, around + place)[kept],
             scene=scene[kept],
             chip=chip[kept],
-            facts=[(piece.score, piece.kind) for piece in chosen],
         )
 
 
@@ -194,9 +197,8 @@ def _owned(pieces: list[Piece], box: Boxes, inside: Boxes) -> tuple[list[Mask | 
     """The px of each piece in its core, tight, None without any; and the boxes of these."""
     own: list[Mask | None] = [piece.mask for piece in pieces]
     own_box = box.copy()
-    for index in np.flatnonzero((inside != box).any(axis=1)).tolist():
-        top, left = box[index, :2].tolist()
-        part = inside[index].tolist()
+    cut = np.flatnonzero((inside != box).any(axis=1))
+    for index, (top, left, _, _), part in zip(cut.tolist(), box[cut].tolist(), inside[cut].tolist(), strict=True):
         found = None if part[2] <= part[0] or part[3] <= part[1] else tight(_cut(pieces[index].mask, top, left, part))
         if found is None:
             own[index] = None
@@ -257,7 +259,7 @@ def _compare(views: _Views, pairs: Boxes) -> tuple[list[tuple[int, int]], list[t
 
 def _shared(views: _Views, one: int, other: int, window: Sequence[int]) -> tuple[int, int]:
     """How many px of `window` both pieces hold, and how many either."""
-    first, second = views.masks[one], views.masks[other]
+    first, second = views.pieces[one].mask, views.pieces[other].mask
     (top, left, bottom, right), (row, col, low, far) = views.box[one].tolist(), views.box[other].tolist()
     both = max(top, row, window[0]), max(left, col, window[1]), min(bottom, low, window[2]), min(right, far, window[3])
     shared = int(np.count_nonzero(_cut(first, top, left, both) & _cut(second, row, col, both)))
@@ -284,7 +286,7 @@ def _padded(views: _Views, index: int, window: Sequence[int]) -> Mask:
     top, left, bottom, right = window
     row, col = views.box[index, :2].tolist()
     canvas = np.zeros((bottom - top, right - left), np.bool_)
-    part = _cut(views.masks[index], row, col, window)
+    part = _cut(views.pieces[index].mask, row, col, window)
     at = max(row - top, 0), max(col - left, 0)
     canvas[at[0] : at[0] + part.shape[0], at[1] : at[1] + part.shape[1]] = part
     return canvas
@@ -317,7 +319,7 @@ def _repeated(views: _Views, index: int, window: Boxes) -> Mask:
     return np.pad(held, list(zip(before, after, strict=True)), mode="edge")
 
 
-def _groups(count: int, joined: Iterable[tuple[int, int]]) -> list[int]:
+def _groups(count: int, joined: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
     """For each of `count` pieces the lowest index it is joined with, however many joins lie between."""
     parent = list(range(count))
 
@@ -329,28 +331,41 @@ def _groups(count: int, joined: Iterable[tuple[int, int]]) -> list[int]:
     for a, b in joined:
         low, high = sorted((find(a), find(b)))
         parent[high] = low
-    return [find(index) for index in range(count)]
+    return np.array([find(index) for index in range(count)], np.int64)
 
 
-def _assemble(views: _Views, members: list[int]) -> MapInstance:
-    """One instance of the decided parts of its pieces."""
-    if len(members) == 1:
-        (index,) = members
-        row, col = views.own_box[index, :2].tolist()
-        score, kind = views.facts[index]
-        return MapInstance(row, col, views.own[index], score, kind, views.scenes[views.scene[index]].name, 1)
-    boxes = views.own_box[members]
-    top, left = boxes[:, :2].min(axis=0).tolist()
-    bottom, right = boxes[:, 2:].max(axis=0).tolist()
+def _assemble(views: _Views, group: NDArray[np.int64]) -> dict[int, MapInstance]:
+    """For each group of pieces, named by its lowest, the instance of their decided parts."""
+    names = [views.scenes[number].name for number in views.scene.tolist()]
+    alone = np.flatnonzero(np.bincount(group, minlength=len(group)) == 1)
+    tops, lefts = views.own_box[alone, 0].tolist(), views.own_box[alone, 1].tolist()
+    found = {
+        index: MapInstance(
+            row, col, views.own[index], views.pieces[index].score, views.pieces[index].kind, names[index], 1
+        )
+        for index, row, col in zip(alone.tolist(), tops, lefts, strict=True)
+    }
+    members: dict[int, list[int]] = defaultdict(list)
+    for index in np.flatnonzero(~np.isin(group, alone)).tolist():
+        members[int(group[index])].append(index)
+    return found | {first: _united(views, several, names) for first, several in members.items()}
+
+
+def _united(views: _Views, members: list[int], names: list[str]) -> MapInstance:
+    """One instance of several pieces."""
+    boxes = views.own_box[members].tolist()
+    top, left, bottom, right = (
+        pick(side) for pick, side in zip((min, min, max, max), zip(*boxes, strict=True), strict=True)
+    )
     mask = np.zeros((bottom - top, right - left), np.bool_)
     kinds: Counter[int] = Counter()
     held: Counter[str] = Counter()
-    for index, (row, col, low, far) in zip(members, boxes.tolist(), strict=True):
+    for index, (row, col, low, far) in zip(members, boxes, strict=True):
         mask[row - top : low - top, col - left : far - left] |= views.own[index]
         area = int(np.count_nonzero(views.own[index]))
-        kinds[views.facts[index][1]] += area
-        held[views.scenes[views.scene[index]].name] += area
-    score = max(views.facts[index][0] for index in members)
+        kinds[views.pieces[index].kind] += area
+        held[names[index]] += area
+    score = max(views.pieces[index].score for index in members)
     return MapInstance(top, left, mask, score, _most(kinds), _most(held), len(members))
 
 

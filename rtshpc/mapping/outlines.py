@@ -52,11 +52,11 @@ def outlines(instances: Sequence[Placed], transform: Sequence[float]) -> list[An
 
 def _batches(instances: Sequence[Placed]) -> Iterator[list[int]]:
     """Indices of masks of nearly equal width that fill one canvas, or of one mask that is larger."""
-    order = sorted(range(len(instances)), key=lambda index: instances[index].mask.shape[1])
+    shapes = [one.mask.shape for one in instances]
     batch: list[int] = []
     rows = 0
-    for index in order:
-        height, width = instances[index].mask.shape
+    for index in sorted(range(len(shapes)), key=lambda index: shapes[index][1]):
+        height, width = shapes[index]
         if batch and (rows + height + 1) * (width + 2) > _CANVAS_PX:
             yield batch
             batch, rows = [], 0
@@ -114,9 +114,9 @@ def _rings(canvas: NDArray[np.uint8]) -> tuple[Ints, Ints, Ints]:
     right = canvas[rows[edges], cols[edges]] == 1
     start, end = edges + ~right, edges + right
     follows = _vertical(canvas, rows, cols, twofold)[end] // 2
-    order, sizes = _cycles(follows.tolist())
+    order, sizes = _cycles(follows)
     sequence = np.column_stack([start[order], end[order]]).ravel()
-    lengths = np.array(sizes) * 2
+    lengths = sizes * 2
     if twofold.any():
         sequence, lengths = _taken_apart(sequence, lengths, corners, twofold)
     return rows[sequence], cols[sequence], lengths
@@ -152,21 +152,30 @@ def _vertical(canvas: NDArray[np.uint8], rows: Ints, cols: Ints, twofold: NDArra
     return mates
 
 
-def _cycles(follows: list[int]) -> tuple[list[int], list[int]]:
-    """The cycles of a permutation, one after the other, each from its lowest; and their lengths."""
-    order: list[int] = []
-    sizes: list[int] = []
-    seen = bytearray(len(follows))
-    for first in range(len(follows)):
-        if seen[first]:
-            continue
-        before = len(order)
-        at = first
-        while not seen[at]:
-            seen[at] = 1
-            order.append(at)
-            at = follows[at]
-        sizes.append(len(order) - before)
+def _cycles(follows: Ints) -> tuple[Ints, Ints]:
+    """The cycles of a permutation, one after the other, each from its lowest; and their lengths.
+
+    Each round looks twice as far along the cycles as the one before.
+    """
+    every = np.arange(len(follows))
+    lowest, ahead = every, follows
+    while True:
+        lower = np.minimum(lowest, lowest[ahead])
+        if np.array_equal(lower, lowest):
+            break
+        lowest, ahead = lower, ahead[ahead]
+    last = follows == lowest
+    ahead = np.where(last, every, follows)
+    left = (~last).astype(np.int64)
+    while (further := left[ahead]).any():
+        left += further
+        ahead = ahead[ahead]
+    first = np.flatnonzero(lowest == every)
+    sizes = left[first] + 1
+    end = np.empty_like(every)
+    end[first] = np.cumsum(sizes)
+    order = np.empty_like(every)
+    order[end[lowest] - 1 - left] = every
     return order, sizes
 
 

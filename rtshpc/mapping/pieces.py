@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +33,7 @@ _HEAD = np.dtype(
 _DIGEST = hashlib.sha256().digest_size
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Piece:
     """One instance as one chip saw it.
 
@@ -64,12 +65,8 @@ def piece(chip: int, box: ChipBox, mask: NDArray[Any], score: float, kind: int) 
 
 def tight(mask: Mask) -> tuple[int, int, Mask] | None:
     """The first row, the first column and the view of `mask` that holds all its px; None where there is none."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    if not rows.size:
-        return None
-    cols = np.flatnonzero(mask.any(axis=0))
-    top, left = int(rows[0]), int(cols[0])
-    return top, left, mask[top : int(rows[-1]) + 1, left : int(cols[-1]) + 1]
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8)) if mask.size else (0, 0, 0, 0)
+    return (top, left, mask[top : top + height, left : left + width]) if width else None
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> None:
