@@ -62,7 +62,9 @@ class Mapping:
         return {scene["scene"]: scene["state"] for merge in merges for scene in merge["scenes"]}
 
     def strike(self, cell_id: str) -> bool:
-        """SIGKILL the process of a cell's task; False where there is none."""
+        """SIGKILL the process of a cell's task that has begun its work; False where there is none."""
+        if not self.paths.cell(cell_id).attempts.exists():
+            return False
         wanted = {b"rtshpc.stages", cell_id.encode(), str(self.paths.root).encode()}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:

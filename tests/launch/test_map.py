@@ -209,6 +209,9 @@ def test_launch_map_maps_names_what_it_cannot_use_and_has_nothing_to_do_when_run
     facts = run_status(RunPaths(out))
     assert facts["finished"] and [one["state"] for one in facts["cells"]] == ["done"] * len(facts["cells"])
     assert next(one["metric"] for one in facts["cells"] if one["label"] == "map x").startswith("rejected: x.tif")
+    (out / "report" / "index.html").unlink()
+    told = launch("report", out)
+    assert told.returncode == 0 and told.stdout.strip() == f"{out}/report/index.html", told.stderr
     again = launch(*line)
     assert f"layers: {out}/layers" in done.stdout and (out / "layers" / "map.gpkg").is_file()
     assert again.returncode == 0 and "nothing to do, all 5 cells are done" in again.stdout
