@@ -8,9 +8,18 @@ from typing import Any
 
 from rtshpc.core.config import RunConfig
 from rtshpc.core.config.section import Section, doc
+from rtshpc.core.mapping.ground import MapScene
 
-STAGES = ("preprocess", "gather", "pretrain", "features", "finetune", "evaluate", "measure", "summarise")
-"""Stages in the order they run."""
+SWEEP_STAGES = ("preprocess", "gather", "pretrain", "features", "finetune", "evaluate", "measure", "summarise")
+"""Stages of a sweep, in the order they run."""
+
+MAP_STAGES = ("map", "merge", "publish")
+"""Stages of a map run, in the order they run."""
+
+STAGES = (*SWEEP_STAGES, *MAP_STAGES)
+
+LENIENT = frozenset({"merge", "publish"})
+"""Stages that take what is there of the cells they need, once all those are over, and say what is missing."""
 
 RESULT_VERSION = {
     "preprocess": 2,
@@ -21,6 +30,9 @@ RESULT_VERSION = {
     "evaluate": 1,
     "measure": 1,
     "summarise": 1,
+    "map": 1,
+    "merge": 1,
+    "publish": 1,
 }
 """Raised by hand, one integer a stage, when the stage's results change."""
 
@@ -39,6 +51,8 @@ class Cell(Section):
     modalities: tuple[str, ...] = doc("modalities of the detector, the primary first", ())
     arm: str = doc("unimodal, pretrained (frozen backbones) or full", "unimodal")
     varied: dict[str, Any] = doc("grid values of this cell", {})
+    scenes: tuple[MapScene, ...] = doc("map: its scene; merge: all scenes of its group", ())
+    block: int = doc("map: which block of its scene", 0, ge=0)
     data_fingerprint: str = doc("SHA-256 of the inputs' names, sizes and ends", "")
     config: RunConfig = doc("the sweep's config with the grid values of this cell in place")
 

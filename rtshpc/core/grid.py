@@ -12,11 +12,12 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from rtshpc.core.cell import RESULT_VERSION, STAGES, Cell, digest
+from rtshpc.core.cell import LENIENT, MAP_STAGES, RESULT_VERSION, STAGES, Cell, digest
 from rtshpc.core.config import FinetuneConfig, FusionConfig, RunConfig
 from rtshpc.core.config.explain import explain, fields_at, show
 from rtshpc.core.errors import ConfigError, guess
 from rtshpc.core.features import hashed_scales, scales_there
+from rtshpc.core.mapping.cells import inputs_same
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_record, shards_indexed
 
@@ -129,7 +130,7 @@ def finished(cell: Cell, paths: RunPaths) -> Record | None:
     record = None if cell.stage == "summarise" else valid_record(cell.id, cell.stage, paths)
     if record is None or (cell.stage == "features" and not scales_there(cell, record, paths)):
         return None
-    return record
+    return None if cell.stage in LENIENT and not inputs_same(cell, record, paths) else record
 
 
 def valid_record(cell_id: str, stage: str, paths: RunPaths) -> Record | None:
@@ -153,6 +154,10 @@ def _files_there(record: Record, paths: RunPaths) -> bool:
         name, size = str(record.results.get("checkpoint") or ""), record.results.get("checkpoint_bytes")
         file = paths.cell(record.cell).root / name
         return file.is_file() and size in (None, file.stat().st_size)
+    if record.stage in MAP_STAGES:
+        made = cast(list[dict[str, Any]], record.results.get("files", []))
+        written = [(paths.cell(record.cell).root / str(one["file"]), one["bytes"]) for one in made]
+        return all(file.is_file() and file.stat().st_size == size for file, size in written)
     return True
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +66,16 @@ class CellPaths:
         return self.root / "journal.jsonl"
 
     @property
+    def pieces(self) -> Path:
+        """Map: instances as the chips of a block saw them."""
+        return self.root / "pieces.bin"
+
+    @property
+    def instances(self) -> Path:
+        """Merge: the features of a group of scenes."""
+        return self.root / "instances.parquet"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -94,6 +106,10 @@ class CellPaths:
     def predictions(self) -> Path:
         """COCO JSON of the cell's detections, with geographic coordinates."""
         return self.root / "predictions.json"
+
+    def quicklook(self, scene: int) -> Path:
+        """Merge: a small picture of the cell's scene of this number."""
+        return self.root / "quicklooks" / f"{scene:05d}.webp"
 
     @property
     def gallery(self) -> Path:
@@ -149,9 +165,25 @@ class RunPaths:
         return self.root / "logs"
 
     @property
+    def layers(self) -> Path:
+        """Of a map run: what publish writes, and nothing else."""
+        return self.root / "layers"
+
+    def scene_layers(self, scene: str) -> Path:
+        """The layers of one scene; its name as far as a folder can have it, and told apart where it cannot."""
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", scene).strip("._")[:80]
+        mark = "" if plain == scene else f"-{hashlib.sha256(scene.encode()).hexdigest()[:8]}"
+        return self.layers / "scenes" / f"{plain or 'scene'}{mark}"
+
+    @property
     def scenes(self) -> Path:
         """Generated scenes, where the data config asks for them."""
         return self.root / "scenes"
+
+    @property
+    def frozen(self) -> Path:
+        """Of a map run: its scenes, as they were when it was submitted."""
+        return self.root / "scenes.json"
 
     @property
     def shards(self) -> Path:

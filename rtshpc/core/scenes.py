@@ -26,6 +26,9 @@ RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".gtiff", ".jp2", ".vrt", ".img"})
 ANY = "*"
 """In `scenes.where`: any value but the empty one."""
 
+VIRTUAL = "/vsi"
+"""Begin of the names of GDAL's virtual files, e.g. `/vsicurl/https://...`; what they hold is asked of GDAL alone."""
+
 _END = 1 << 20
 
 
@@ -61,13 +64,16 @@ def list_scenes(data: DataConfig, generated_root: Path | None) -> list[Scene]:
         scenes = _indexed(data)
     else:
         scenes = _globbed(data)
-    scenes.sort(key=lambda scene: scene.id)
-    for one, two in pairwise(scenes):
+    return in_order(scenes, data.name)
+
+
+def in_order(scenes: Sequence[Scene], place: str) -> list[Scene]:
+    """Scenes by id. Raises DataError where two share one; `place` says who listed them."""
+    ordered = sorted(scenes, key=lambda scene: scene.id)
+    for one, two in pairwise(ordered):
         if one.id == two.id:
-            raise DataError(
-                f'{data.name}: scene "{one.id}" is listed twice ({one.image}, {two.image}); ids must be unique'
-            )
-    return scenes
+            raise DataError(f'{place}: scene "{one.id}" is listed twice ({one.image}, {two.image}); ids must be unique')
+    return ordered
 
 
 def _generated(data: DataConfig, root: Path | None) -> list[Scene]:
@@ -86,7 +92,7 @@ def _generated(data: DataConfig, root: Path | None) -> list[Scene]:
 
 def _indexed(data: DataConfig) -> list[Scene]:
     path = Path(data.root) / data.scenes.index
-    rows = _read_index(path)
+    rows = read_index(path)
     if not rows:
         raise DataError(f"{path}: the index lists no scene")
     known = {key for row in rows for key in row}
@@ -112,8 +118,12 @@ def _matches(row: Mapping[str, str], where: Mapping[str, str]) -> bool:
     return True
 
 
-def _read_index(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV, or the properties of a GeoJSON's features, as text."""
+def read_index(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV, or the properties of a GeoJSON's features, as text.
+
+    Raises:
+        DataError: it is not there, or neither.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -152,7 +162,7 @@ def _from_row(data: DataConfig, row: Mapping[str, str], number: int) -> Scene:
     if not name:
         name, image = f"unnamed row {number}" + (f" ({image})" if image else ""), ""
     facts = {**row, "scene": name, "site": value(columns.site), "stem": Path(image).stem}
-    return _scene(
+    return scene_of(
         data, image, value(columns.label), facts, value(columns.date), value(columns.split), value(columns.group)
     )
 
@@ -172,7 +182,7 @@ def _globbed(data: DataConfig) -> list[Scene]:
     for path in found:
         relative = path.relative_to(root).as_posix()
         facts = {"scene": path.stem, "site": _site_of(data, relative), "stem": path.stem}
-        scenes.append(_scene(data, relative, "", facts))
+        scenes.append(scene_of(data, relative, "", facts))
     return scenes
 
 
@@ -193,7 +203,7 @@ def _site_of(data: DataConfig, relative: str) -> str:
     return match.group(1)
 
 
-def _scene(
+def scene_of(
     data: DataConfig,
     image: str,
     label: str,
@@ -202,11 +212,24 @@ def _scene(
     split: str = "",
     group: str = "",
 ) -> Scene:
-    root = Path(data.root)
+    """The scene of an image: its own files by the templates of `data`.
+
+    Args:
+        data: the data set; names of files are relative to its root.
+        image: the GeoTIFF; empty = there is none.
+        label: the label file; empty = by the template, if any.
+        facts: `scene`, `site` and `stem`, and what else may fill a template.
+        date: of acquisition.
+        split: by the index.
+        group: by the index.
+
+    Raises:
+        ConfigError: a template has a placeholder that is no fact.
+    """
 
     def fill(template: str, place: str) -> str:
         text = _fill(template, facts, place)
-        return str(root / text) if text else ""
+        return _placed(data, text) if text else ""
 
     files = {
         name: fill(modality.file, f"modalities.{name}.file")
@@ -218,10 +241,10 @@ def _scene(
     elif data.labels.file:
         label_path = fill(data.labels.file, "labels.file")
     else:
-        label_path = str(root / label) if label else ""
+        label_path = _placed(data, label) if label else ""
     return Scene(
         id=facts["scene"],
-        image=str(root / image) if image else "",
+        image=_placed(data, image) if image else "",
         label=label_path,
         files=files,
         ignore_file=fill(data.labels.ignore_file, "labels.ignore_file"),
@@ -230,6 +253,11 @@ def _scene(
         split=split,
         group=group,
     )
+
+
+def _placed(data: DataConfig, name: str) -> str:
+    """A file's path; the name of a virtual one is no path, and two slashes in it are two."""
+    return name if name.startswith(VIRTUAL) else str(Path(data.root) / name)
 
 
 def _fill(template: str, facts: Mapping[str, str], place: str) -> str:
@@ -252,28 +280,37 @@ def data_fingerprint(data: DataConfig, scenes: Sequence[Scene], cache: Path | No
         scenes: what `list_scenes` gave.
         cache: JSON file that remembers file -> (size, mtime, hash); None = none.
     """
-    total = hashlib.sha256()
     generated = data.scenes.generated
     if generated is not None:
         text = json.dumps({"generator": GENERATOR_VERSION, "config": generated.model_dump(mode="json")}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(b"".join(_described(data, scenes, cache))).hexdigest()
+
+
+def scene_fingerprints(data: DataConfig, scenes: Sequence[Scene], cache: Path | None) -> list[str]:
+    """As `data_fingerprint`, one a scene; of virtual files the name alone counts."""
+    return [hashlib.sha256(lines).hexdigest() for lines in _described(data, scenes, cache)]
+
+
+def _described(data: DataConfig, scenes: Sequence[Scene], cache: Path | None) -> list[bytes]:
+    """A scene's facts and inputs as lines of JSON."""
     known = _cached(cache)
     seen: dict[str, dict[str, Any]] = {}
     root = Path(data.root)
+    found: list[bytes] = []
     for scene in scenes:
-        facts = [scene.id, scene.site, scene.date, scene.split, scene.group]
-        total.update(json.dumps(facts).encode() + b"\n")
+        lines = [json.dumps([scene.id, scene.site, scene.date, scene.split, scene.group])]
         for role, path in _inputs(scene):
             entry = seen.get(path)
             if entry is None:
                 entry = seen[path] = _file_entry(Path(path), known.get(str(Path(path).absolute())))
-            line = json.dumps([role, _relative(path, root), entry["size"], entry["hash"]])
-            total.update(line.encode() + b"\n")
+            lines.append(json.dumps([role, _relative(path, root), entry["size"], entry["hash"]]))
+        found.append("".join(f"{line}\n" for line in lines).encode())
     if cache is not None:
         fresh = {str(Path(path).absolute()): entry for path, entry in seen.items()}
         if fresh != known:
             write_json(cache, fresh)
-    return total.hexdigest()
+    return found
 
 
 def weights_sha256(path: Path, cache: Path, remember: bool) -> str:

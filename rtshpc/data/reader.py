@@ -295,14 +295,24 @@ def _empty(shape: tuple[int, int], shared: bool) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
+def _repeated(layers: Tensor, times: int) -> Tensor:
+    return layers.repeat_interleave(times, dim=-1).repeat_interleave(times, dim=-2)
+
+
+def enlarged_image(layers: Tensor, valid: Tensor, times: int) -> Tensor:
+    """An image (C, H, W) with `times` as many pixels a side, bilinear; `valid` (H, W).
+
+    Nodata is 0 and stays 0: its neighbours must not bleed into it.
+    """
+    large = F.interpolate(layers[None], scale_factor=times, mode="bilinear", align_corners=False)[0]
+    return large * _repeated(valid, times)
+
+
 def enlarged(sample: Sample, times: int) -> Sample:
     """`sample` with `times` as many pixels a side: images bilinear, masks and validity repeated."""
 
-    def image(layers: Tensor) -> Tensor:
-        return F.interpolate(layers[None], scale_factor=times, mode="bilinear", align_corners=False)[0]
-
     def mask(layers: Tensor) -> Tensor:
-        return layers.repeat_interleave(times, dim=-1).repeat_interleave(times, dim=-2)
+        return _repeated(layers, times)
 
     valid = {name: mask(layers) for name, layers in sample.modality_valid.items()}
     old = sample.target
@@ -310,8 +320,7 @@ def enlarged(sample: Sample, times: int) -> Sample:
         id=sample.id,
         scene=sample.scene,
         site=sample.site,
-        # Nodata is 0 and stays 0: its neighbours must not bleed into it.
-        images={name: image(layers) * valid[name] for name, layers in sample.images.items()},
+        images={n: enlarged_image(layers, sample.modality_valid[n], times) for n, layers in sample.images.items()},
         valid=mask(sample.valid),
         target=Target(old.boxes * times, old.classes, mask(old.masks), mask(old.ignore)),
         transform=sample.transform,

@@ -231,7 +231,7 @@ class Journal:
         self._scalars("losses", row["step"], row["losses"])
 
     def val(self, row: Mapping[str, Any]) -> None:
-        """One validation: epoch, step, ap50, ap (percent or None)."""
+        """One validation: epoch, step, ap50, ap, f1 (percent or None) and the threshold of f1."""
         self._write({"kind": "val", **row})
         self._scalars("val", row["step"], {key: row[key] for key in ("ap50", "ap")})
 

@@ -9,10 +9,11 @@ import torch
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.config import RunConfig
-from rtshpc.core.config.run import NO_FILE
+from rtshpc.core.config.run import NO_FILE, WEIGHT_FORMATS
 from rtshpc.core.errors import RunError
 from rtshpc.core.features import data_hash
-from rtshpc.core.paths import RunPaths
+from rtshpc.core.load import read_cell
+from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import read_record
 from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.engine import checkpoint
@@ -21,7 +22,7 @@ from rtshpc.model.detector import Detector
 from rtshpc.model.engines import build
 from rtshpc.model.features import StoredScales
 from rtshpc.model.imports.fit import load_file
-from rtshpc.model.weights import load_backbone, load_heads, load_trainable
+from rtshpc.model.weights import WeightsError, listed, load_backbone, load_heads, load_trainable
 
 
 def channels_of(config: RunConfig, modalities: tuple[str, ...]) -> dict[str, int]:
@@ -136,6 +137,36 @@ def trained(cell: Cell, paths: RunPaths) -> Detector:
             )
     detector = on_backbones(cell, paths)
     load_trainable(detector, content["model"], str(paths.cell(cell.id).best_checkpoint))
+    return detector.eval()
+
+
+def mapping_detector(cell: Cell) -> Detector:
+    """The detector that a map cell maps with, on the CPU, in eval mode.
+
+    Raises:
+        RunError: its weights are not those that the run was submitted with.
+        WeightsError: a file of weights cannot be read, does not fit, or leaves a part of the detector as it was drawn.
+    """
+    asked = cell.config.map
+    path = Path(asked.model)
+    if path.suffix.lower() in WEIGHT_FORMATS:
+        found = checkpoint.file_sha256(path) if path.is_file() else "none"
+    else:
+        paths = RunPaths(path.parents[1])
+        found = record_sha256(paths, path.name)
+    if found != asked.model_sha256:
+        raise RunError(
+            f"{path}: its weights have SHA-256 {found[:12]}, but the run was submitted with {asked.model_sha256[:12]};"
+            " put those back, or map anew in another folder"
+        )
+    if path.suffix.lower() not in WEIGHT_FORMATS:
+        return trained(read_cell(CellPaths(path).config), paths)
+    detector = fresh(cell.model_copy(update={"arm": "full"}))
+    fitted = load_file(detector, path)
+    if fitted.fresh:
+        raise WeightsError(
+            f"{path}: does not give {listed('tensors', fitted.fresh)} of the detector, so nothing can be mapped with it"
+        )
     return detector.eval()
 
 

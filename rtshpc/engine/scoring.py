@@ -108,12 +108,49 @@ def score(results: Sequence[ImageResult], classes: int, size_edges_m2: Sequence[
 
 
 def quick_score(results: Sequence[ImageResult], classes: int) -> dict[str, float | None]:
-    """`ap50` and `ap` (percent) of masks, or of boxes where there are no masks: what a validation needs."""
+    """`ap50` and `ap` (percent) of masks, or of boxes where there are no masks: what a validation needs.
+
+    `threshold` is the score from which on detections make the largest F1 at IoU 0.5, over all classes, and `f1` is that
+    F1, percent: what a map is best cut at.
+    """
     masks = all(result.found.masks is not None for result in results)
     evaluated = _evaluate(results, classes, "mask" if masks else "box", ())
     if evaluated is None:
-        return {"ap50": None, "ap": None}
-    return {"ap50": _precision(evaluated, _IOU_50), "ap": _precision(evaluated, None)}
+        return dict.fromkeys(("ap50", "ap", "f1", "threshold"))
+    f1, threshold = _best_f1(evaluated)
+    return {
+        "ap50": _precision(evaluated, _IOU_50),
+        "ap": _precision(evaluated, None),
+        "f1": None if f1 is None else 100 * f1,
+        "threshold": threshold,
+    }
+
+
+def _best_f1(evaluation: COCOeval) -> tuple[float | None, float | None]:
+    """The largest F1 at IoU 0.5 that a score threshold gives, and the highest such threshold.
+
+    Detections are matched best first, so a threshold changes nothing about the matches of those above it.
+    """
+    images = [image for image in evaluation.evalImgs if image is not None]
+    # Images of all size ranges follow each other; the first range holds every size.
+    images = [image for image in images if image["aRng"] == evaluation.params.areaRng[0]]
+    counted = [~image["dtIgnore"][_IOU_50].astype(bool) for image in images]
+    scores = np.concatenate(
+        [np.asarray(image["dtScores"])[kept] for image, kept in zip(images, counted, strict=True)] or [[]]
+    )
+    right = np.concatenate(
+        [image["dtMatches"][_IOU_50][kept] > 0 for image, kept in zip(images, counted, strict=True)] or [[]]
+    )
+    labelled = sum(int(np.count_nonzero(np.asarray(image["gtIgnore"]) == 0)) for image in images)
+    if not labelled or not len(scores):
+        return None, None
+    order = np.argsort(-scores, kind="stable")
+    scores, found = scores[order], np.cumsum(right[order])
+    # A threshold takes all detections of one score or none.
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
+    f1 = 2 * found[ends] / (ends + 1 + labelled)
+    best = int(np.argmax(f1))
+    return float(f1[best]), float(scores[ends[best]])
 
 
 def size_names(edges: Sequence[float]) -> list[str]:

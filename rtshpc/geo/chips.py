@@ -22,12 +22,13 @@ def chip_boxes(width: int, height: int, chip: ChipConfig) -> list[ChipBox]:
     The last chip of a row or column is shifted inside the scene; a scene smaller than a chip gets one
     chip that reaches beyond it (readers pad it as invalid).
     """
-    rows = _starts(height, chip.size_px, chip.overlap_px)
-    cols = _starts(width, chip.size_px, chip.overlap_px)
+    rows = starts(height, chip.size_px, chip.overlap_px)
+    cols = starts(width, chip.size_px, chip.overlap_px)
     return [ChipBox(row, col, chip.size_px) for row in rows for col in cols]
 
 
-def _starts(length: int, size: int, overlap: int) -> list[int]:
+def starts(length: int, size: int, overlap: int) -> list[int]:
+    """First px of each chip along a side of `length` px, strictly ascending; the last chip ends with the side."""
     if length <= size:
         return [0]
     starts = list(range(0, length - size, size - overlap))

@@ -23,6 +23,7 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from rtshpc.core.errors import RtshpcError, SceneRejected, guess
+from rtshpc.core.scenes import VIRTUAL
 
 Mask = NDArray[np.bool_]
 
@@ -95,19 +96,21 @@ def open_raster(path: Path | str, max_pixels: int = MAX_PIXELS) -> DatasetReader
         SceneRejected: `missing_file`, `empty_file`, `lfs_pointer`, `not_a_raster`, `missing_codec`,
             `unreadable`, `truncated`, `no_bands`, `size_bomb` or `complex`.
     """
-    path = Path(path)
-    sniff(path)
+    virtual = str(path).startswith(VIRTUAL)
+    name, path = str(path), Path(path)
+    if not virtual:
+        sniff(path)
     try:
         with warnings.catch_warnings():
             # A missing georeference is judged by georeference().
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            dataset = rasterio.open(path)
+            dataset = rasterio.open(name)
     except (RasterioError, ValueError, MemoryError, OverflowError) as error:
         text = " ".join(str(error).split())
         reason = "missing_codec" if "codec" in text or "compress" in text.lower() else "unreadable"
         raise SceneRejected(reason, f"{path.name}: {text}") from None
     try:
-        _guard(dataset, path, max_pixels)
+        _guard(dataset, None if virtual else path, max_pixels)
     except SceneRejected:
         dataset.close()
         raise
@@ -160,26 +163,27 @@ def sniff(path: Path) -> None:
             raise SceneRejected("not_a_raster", f"{path.name} is {name}")
 
 
-def _guard(dataset: DatasetReader, path: Path, max_pixels: int) -> None:
-    """Refuse what must not be allocated or cannot be true, from the header alone."""
+def _guard(dataset: DatasetReader, path: Path | None, max_pixels: int) -> None:
+    """Refuse what must not be allocated or cannot be true, from the header alone; a virtual file has no path."""
+    name = Path(dataset.name).name
     if dataset.count == 0:
-        raise SceneRejected("no_bands", f"{path.name} holds no bands ({len(dataset.subdatasets)} subdatasets)")
+        raise SceneRejected("no_bands", f"{name} holds no bands ({len(dataset.subdatasets)} subdatasets)")
     if any(dtype.startswith("complex") for dtype in dataset.dtypes):
-        raise SceneRejected("complex", f"{path.name} is {dataset.dtypes[0]}; a cast would drop the imaginary part")
+        raise SceneRejected("complex", f"{name} is {dataset.dtypes[0]}; a cast would drop the imaginary part")
     pixels = dataset.width * dataset.height
-    claim = f"{path.name} claims {dataset.width} x {dataset.height} px"
+    claim = f"{name} claims {dataset.width} x {dataset.height} px"
     if pixels > max_pixels:
         raise SceneRejected("size_bomb", f"{claim}, more than max_pixels = {max_pixels}")
-    size = path.stat().st_size
     item = max(_bytes(dtype) for dtype in dataset.dtypes)
     block_rows, block_cols = dataset.block_shapes[0]
     if block_rows * block_cols * item > _MAX_BLOCK_BYTES:
         raise SceneRejected("size_bomb", f"{claim} in blocks of {block_cols} x {block_rows} px")
-    if dataset.driver != "GTiff":
+    if dataset.driver != "GTiff" or path is None:
         return
+    size = path.stat().st_size
     lost = cut_off(path, size)
     if lost:
-        raise SceneRejected("truncated", f"{path.name}: {lost}")
+        raise SceneRejected("truncated", f"{name}: {lost}")
     blocks = math.ceil(dataset.height / block_rows) * math.ceil(dataset.width / block_cols)
     # A TIFF lists an offset and a length for every block, sparse or not.
     if blocks > 65_536 and blocks * 4 > size:

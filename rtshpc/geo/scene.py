@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio.io import DatasetReader
 
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
@@ -44,6 +45,15 @@ class ChipPixels:
 
     pixels: dict[str, NDArray[Any]]
     valid: dict[str, Mask]
+
+    def chip(self, box: ChipBox) -> ChipPixels:
+        """What lies in `box`, px of this rectangle; 0 and invalid beyond its lower and right edge."""
+        masks: dict[int, Mask] = {}
+        for mask in self.valid.values():
+            if id(mask) not in masks:
+                masks[id(mask)] = cut(mask, box)
+        pixels = {name: cut(values, box) for name, values in self.pixels.items()}
+        return ChipPixels(pixels, {name: masks[id(mask)] for name, mask in self.valid.items()})
 
 
 @dataclass
@@ -81,11 +91,11 @@ class OpenScene:
             SceneRejected: `unreadable`.
         """
         if self._whole is not None:
-            return _cut(self._whole, chip)
+            return self._whole.chip(chip)
         height = min(chip.size, self.grid.height - chip.row)
         width = min(chip.size, self.grid.width - chip.col)
-        part = self._read(chip.row, chip.col, height, width)
-        return part if height == width == chip.size else _cut(part, ChipBox(0, 0, chip.size))
+        part = self.part(chip.row, chip.col, height, width)
+        return part if height == width == chip.size else part.chip(ChipBox(0, 0, chip.size))
 
     def instances(self) -> InstanceMap:
         """The whole scene's instances on the primary grid; read once.
@@ -121,7 +131,7 @@ class OpenScene:
         items = {id(one.layer): one.layer.itemsize for one in self._bound if one.layer is not None}
         item_bytes = sum(len(wanted) * items[layer] for layer, wanted in self._wanted.items())
         if self.grid.height * self.grid.width * item_bytes <= whole_bytes:
-            self._whole = self._read(0, 0, self.grid.height, self.grid.width)
+            self._whole = self.part(0, 0, self.grid.height, self.grid.width)
         seen, valid = self._survey()
         name, primary = Path(self.scene.image).name, self._data.primary
         if self._zeros >= _ZEROS * seen:
@@ -188,7 +198,7 @@ class OpenScene:
             random.Random(0).shuffle(starts)
         for row, col in starts:
             height, width = min(size, self.grid.height - row), min(size, self.grid.width - col)
-            yield (row, col), self._read(row, col, height, width)
+            yield (row, col), self.part(row, col, height, width)
 
     def _check_labels_seen(self, labels: InstanceMap) -> None:
         """Labels on pixels that hold nothing mean that one of the two is wrong."""
@@ -204,7 +214,7 @@ class OpenScene:
                 for col in range(0, self.grid.width, _FEWEST_BLOCK):
                     ids = labels.ids[row : row + _FEWEST_BLOCK, col : col + _FEWEST_BLOCK]
                     if ids.any():
-                        valid = self._read(row, col, *ids.shape).valid[primary]
+                        valid = self.part(row, col, *ids.shape).valid[primary]
                         unseen += int(np.count_nonzero(ids[~valid]))
         if unseen > total / 2:
             name = Path(self.scene.image).name
@@ -212,8 +222,12 @@ class OpenScene:
         if unseen:
             self.warnings.append(f"labels_on_missing: {unseen} of {total} labelled px lie on missing pixels")
 
-    def _read(self, row: int, col: int, height: int, width: int) -> ChipPixels:
-        """One `read` a file, then views of it for each modality."""
+    def part(self, row: int, col: int, height: int, width: int) -> ChipPixels:
+        """A rectangle of the scene: one `read` a file, then views of it for each modality.
+
+        Raises:
+            SceneRejected: `unreadable`.
+        """
         layers: dict[int, tuple[NDArray[Any], list[Mask | None]]] = {}
         for bound in self._bound:
             if bound.layer is not None and id(bound.layer) not in layers:
@@ -259,18 +273,9 @@ class OpenScene:
         return pixels, [empty if mask is None else mask | empty for mask in bad]
 
 
-def _cut(part: ChipPixels, box: ChipBox) -> ChipPixels:
-    masks: dict[int, Mask] = {}
-    for mask in part.valid.values():
-        if id(mask) not in masks:
-            masks[id(mask)] = cut(mask, box)
-    pixels = {name: cut(values, box) for name, values in part.pixels.items()}
-    return ChipPixels(pixels, {name: masks[id(mask)] for name, mask in part.valid.items()})
-
-
 @contextmanager
 def open_scene(
-    scene: Scene, data: DataConfig, with_labels: bool = True, whole_bytes: int = WHOLE_BYTES
+    scene: Scene, data: DataConfig, with_labels: bool = True, whole_bytes: int = WHOLE_BYTES, cache_bytes: int = 0
 ) -> Iterator[OpenScene]:
     """Open a scene's files, put them on the primary grid and refuse what cannot be used.
 
@@ -279,13 +284,14 @@ def open_scene(
         data: the data set it belongs to.
         with_labels: open the labels too (off for mapping).
         whole_bytes: scenes whose wanted bands take less are decoded in one read.
+        cache_bytes: GDAL's cache of decoded blocks; 0 = as much as reading chips row by row needs.
 
     Raises:
         SceneRejected: with a stable reason: see `raster.open_raster`, `crs.georeference`, `missing_band`,
             `missing_modality`, `all_nodata`, `almost_empty`, `missing_label`.
     """
     with ExitStack() as stack:
-        stack.enter_context(reading(GDAL_CACHEMAX=_cache_bytes(data)))
+        stack.enter_context(reading(GDAL_CACHEMAX=cache_bytes or _cache_bytes(data)))
         opened = _open(scene, data, with_labels, stack)
         opened._prepare(whole_bytes)  # pyright: ignore[reportPrivateUsage]
         yield opened
@@ -296,14 +302,30 @@ def _cache_bytes(data: DataConfig) -> int:
     return max(64 << 20, 100_000 * data.chip.size_px * 2)
 
 
-def _open(scene: Scene, data: DataConfig, with_labels: bool, stack: ExitStack) -> OpenScene:
+def scene_grid(scene: Scene, data: DataConfig) -> Grid:
+    """The primary grid of a scene, north up, from the header of its file alone.
+
+    Raises:
+        SceneRejected: as `open_scene`, as far as that file's header tells.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(reading())
+        return upright(trusted_grid(_primary(scene, data, stack)[1], whole=True)[0])[0]
+
+
+def _primary(scene: Scene, data: DataConfig, stack: ExitStack) -> tuple[str, DatasetReader]:
+    """Name and data set of the file of the primary modality."""
     first = data.modalities[data.primary]
     primary = scene.files.get(data.primary, "") if first.file else scene.image
     if not scene.image:
         raise SceneRejected("missing_file", f"{scene.id}: the index gives no image, or no name for it")
     if not primary:
         raise SceneRejected("missing_modality", f"{scene.id} has no file for the primary modality {data.primary}")
-    dataset = stack.enter_context(open_raster(primary, data.max_pixels))
+    return primary, stack.enter_context(open_raster(primary, data.max_pixels))
+
+
+def _open(scene: Scene, data: DataConfig, with_labels: bool, stack: ExitStack) -> OpenScene:
+    primary, dataset = _primary(scene, data, stack)
     stored, findings = trusted_grid(dataset, whole=True)
     grid, *flips = upright(stored)
     layers = {primary: (dataset, Layer(dataset, grid, stack))}

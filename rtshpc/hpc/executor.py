@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rtshpc.core.config import SiteConfig
+from rtshpc.core.config import RunConfig, SiteConfig
 from rtshpc.core.config.run import NO_FILE
 from rtshpc.core.errors import STOP_SIGNALS, STOPPED, RtshpcError, RunError, system_sentence
-from rtshpc.core.load import read_run_config
+from rtshpc.core.load import read_cell, read_run_config
+from rtshpc.core.mapping.ground import folders_of, read_frozen
 from rtshpc.core.paths import CellPaths, RunPaths, make_private, write_alone
 from rtshpc.core.records import write_json
 from rtshpc.hpc.accounting import ask_queue
@@ -66,11 +67,21 @@ def task_command(stage: str, run_dir: str, task: str) -> list[str]:
     refuse_start(config.site, provenance.get("image"))
     arguments = ["-u", "-m", "rtshpc.stages", stage, "--run-dir", run_dir, "--task", task]
     folders = [paths.root, Path.cwd(), Path(config.data.root)]
+    if config.map.model:
+        folders += _of_the_map(paths, config, task)
     if config.pretrain.init != NO_FILE:
         folders.append(Path(config.pretrain.init).parent)
     if scratch := os.environ.get(config.site.scratch):
         folders.append(Path(scratch))
     return command(config.site, arguments, folders, sys.executable)
+
+
+def _of_the_map(paths: RunPaths, config: RunConfig, task: str) -> list[Path]:
+    """Folders that a task of a map run works with: of its scenes (all of them, where it has none of its own), and the model."""
+    own = read_cell(paths.cell(task).config).scenes if paths.cell(task).config.is_file() else ()
+    scenes = own or read_frozen(paths.frozen) or ()
+    model = Path(config.map.model)
+    return [*folders_of(one.scene for one in scenes), model.parent if model.is_file() else model.parents[1]]
 
 
 def become(stage: str, run_dir: str, task: str) -> None:

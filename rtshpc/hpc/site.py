@@ -17,7 +17,7 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import BadNode, RunError
 from rtshpc.core.paths import COMMIT_FILE
 
-GPU_STAGES = frozenset({"pretrain", "features", "finetune", "evaluate", "measure"})
+GPU_STAGES = frozenset({"pretrain", "features", "finetune", "evaluate", "measure", "map"})
 """Stages that use a GPU where the site has one; the others would let it idle."""
 
 GPU_FAULTS = (

@@ -13,14 +13,14 @@ from rtshpc.core.errors import RtshpcError, drop_lost_output, system_sentence
 from rtshpc.core.paths import write_alone
 from rtshpc.launch.commands.doctor import doctor
 from rtshpc.launch.commands.jobs import cancel, logs, retry
-from rtshpc.launch.commands.plan import plan
+from rtshpc.launch.commands.map import map_
 from rtshpc.launch.commands.report import report
 from rtshpc.launch.commands.status import status
-from rtshpc.launch.commands.sweep import sweep
+from rtshpc.launch.commands.sweep import plan, sweep
 from rtshpc.launch.commands.tools import check, params, weights
 from rtshpc.launch.commands.usage import usage
 
-COMMANDS = (sweep, plan, status, logs, cancel, retry, usage, report, check, params, weights, doctor)
+COMMANDS = (sweep, plan, map_, status, logs, cancel, retry, usage, report, check, params, weights, doctor)
 
 
 class _InOrder(click.Group):

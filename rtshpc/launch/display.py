@@ -149,6 +149,18 @@ def headline(record: Record) -> str:
         return f"mask AP50 {number(_deep(results, 'mask', 'AP50'))}"
     if record.stage == "measure":
         return f"{number(results.get('sum_bytes'), MIB)} MiB"
+    if record.stage == "map":
+        refused = results.get("rejected")
+        return (
+            f"rejected: {refused['detail']}"
+            if refused
+            else f"{results.get('pieces')} pieces in {results.get('mapped')} chips"
+        )
+    if record.stage == "merge":
+        states = [scene["state"] for scene in results.get("scenes", [])]
+        return f"{results.get('instances')} instances in {states.count('mapped')} of {len(states)} scenes"
+    if record.stage == "publish":
+        return f"{results.get('instances')} instances"
     return ""
 
 

@@ -10,12 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
+from rtshpc.core.cell import MAP_STAGES
 from rtshpc.hpc.books import bad_nodes
 from rtshpc.hpc.executor import refuse_unusable
 from rtshpc.launch.display import Display, make_console, tables
-from rtshpc.launch.plan import Plan
+from rtshpc.launch.plan import MapPlan, Plan
 from rtshpc.launch.schedule import Outcome, Scheduler
 from rtshpc.launch.submit import Ledger, launcher_lock, mend_cells, prepare, refuse_other_data, submit_arrays
+
+FEW = 20
+"""So many scenes that are not in the layers are named."""
 
 
 def launch(make: Callable[[], Plan], only_prepare: bool = False) -> int:
@@ -61,14 +65,18 @@ def launch(make: Callable[[], Plan], only_prepare: bool = False) -> int:
 def by_hand(plan: Plan) -> list[str]:
     """The lines that submit a prepared run's stages with the templates of slurm/, in order; each when the one before is over."""
     lines: list[str] = []
+    run, site = shlex.quote(str(plan.paths.root)), plan.config.site
     for stage in dict.fromkeys(cell.stage for cell in plan.todo):
-        last = sum(cell.stage == stage for cell in plan.cells) - 1
+        count = sum(cell.stage == stage for cell in plan.cells)
         if stage == "summarise":
-            lines.append(f"python -m rtshpc.launch report {shlex.quote(str(plan.paths.root))}")
+            lines.append(f"python -m rtshpc.launch report {run}")
             continue
-        template = "preprocess" if stage in ("preprocess", "gather") else "pretrain"
-        given = f"RTSHPC_RUN={shlex.quote(str(plan.paths.root))} RTSHPC_STAGE={stage}"
-        lines.append(f"{given} sbatch --array=0-{last}%{plan.config.site.max_jobs} slurm/{template}.sbatch")
+        template = "preprocess" if stage in ("preprocess", "gather") else "map" if stage in MAP_STAGES else "pretrain"
+        most = site.max_array if template == "map" else count  # a sweep has fewer cells than any array may have
+        for first in range(0, count, most):
+            given = f"RTSHPC_RUN={run} RTSHPC_STAGE={stage}" + (f" RTSHPC_FIRST={first}" if first else "")
+            last = min(most, count - first) - 1
+            lines.append(f"{given} sbatch --array=0-{last}%{site.max_jobs} slurm/{template}.sbatch")
     return lines
 
 
@@ -112,6 +120,19 @@ def _results(console: Console, plan: Plan) -> None:
         console.print(table)
     if plan.paths.report_page.is_file():
         console.print(f"report: {plan.paths.report_page}", markup=False, soft_wrap=True)
+    if isinstance(plan, MapPlan):
+        _map_results(console, plan)
+
+
+def _map_results(console: Console, plan: MapPlan) -> None:
+    """Scenes that are not in the layers, and where the layers are."""
+    lost = plan.not_mapped()
+    for text in lost[:FEW]:
+        console.print(text, markup=False, soft_wrap=True)
+    if len(lost) > FEW:
+        console.print(f"... and {len(lost) - FEW} more scenes; see the footprints", markup=False, soft_wrap=True)
+    if plan.paths.layers.is_dir():
+        console.print(f"layers: {plan.paths.layers}", markup=False, soft_wrap=True)
 
 
 def _failures(console: Console, outcome: Outcome) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtshpc.core.cell import Cell
+from rtshpc.core.cell import LENIENT, Cell
 from rtshpc.core.grid import finished
 from rtshpc.core.paths import CellPaths
 from rtshpc.core.records import Record, read_json, read_record, write_json
@@ -82,7 +82,7 @@ class Scheduler:
         lost = {cell.id for cell in self.outcome.blocked} | {cell.id for cell, _, _ in self.outcome.failed}
         missing = (open_ids | lost) - self._done
         rest = [cell for cell in self._waiting if cell.stage != "summarise"]
-        ready = [cell for cell in rest if not missing.intersection(cell.needs)]
+        ready = [cell for cell in rest if not (open_ids if cell.stage in LENIENT else missing).intersection(cell.needs)]
         if not rest and not self._running:
             return self._waiting
         return ready
@@ -91,7 +91,7 @@ class Scheduler:
         """Give up what builds, over any number of steps, on a failed cell."""
         lost = {cell.id for cell, _, _ in self.outcome.failed} | {cell.id for cell in self.outcome.blocked}
         for cell in list(self._waiting):
-            if lost.intersection(cell.needs):
+            if lost.intersection(cell.needs) and cell.stage not in LENIENT:
                 lost.add(cell.id)
                 self._waiting.remove(cell)
                 self.outcome.blocked.append(cell)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rtshpc.core import records
-from rtshpc.core.cell import STAGES
+from rtshpc.core.cell import LENIENT, STAGES
 from rtshpc.core.errors import ConfigError, RunError, guess
 from rtshpc.core.grid import finished, valid_record
 from rtshpc.core.load import read_cell, read_run_config
@@ -136,7 +136,8 @@ def run_status(paths: RunPaths) -> dict[str, Any]:
     for cell in planned:
         name = str(cell["id"])
         row = _cell_status(paths, cell, found[name], last.get(name), slurm)
-        if row["state"] in ("waiting", "cancelled") and not row["attempts"] and lost.intersection(cell["needs"]):
+        strict = cell["stage"] not in LENIENT and lost.intersection(cell["needs"])
+        if row["state"] in ("waiting", "cancelled") and not row["attempts"] and strict:
             row |= {"state": "blocked", "reason": "builds on a cell that is not to be had", "error": None}
         if row["state"] in LOST_CELL:
             lost.add(name)
@@ -200,7 +201,7 @@ def _record(paths: RunPaths, cell: Mapping[str, Any]) -> Record | None:
     record = valid_record(name, stage, paths)
     if record is None or not _own_config(folder, name):
         return None
-    if stage != "features":
+    if stage != "features" and stage not in LENIENT:
         return record
     try:
         return finished(read_cell(folder.config), paths)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from rtshpc.core.cell import Cell
+from rtshpc.core.cell import MAP_STAGES, Cell
 from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import ConfigError, RunError
 from rtshpc.core.load import read_cell, read_run_config, write_cell, write_run_config
@@ -20,7 +20,7 @@ from rtshpc.core.records import append_lines, locked, read_lines, read_plan, wri
 from rtshpc.hpc.container import image_facts
 from rtshpc.hpc.executor import Job, queue_length, script, slurm_states, submit
 from rtshpc.hpc.site import code_version
-from rtshpc.launch.plan import Array, Plan, arrays, fingerprint_of, with_known_start
+from rtshpc.launch.plan import Array, MapPlan, Plan, arrays
 
 LOCK_SECONDS = 2.0
 """How long a launcher tries for its run: `status` holds the lock for an instant to see whether it is held."""
@@ -113,8 +113,7 @@ def prepare(plan: Plan) -> None:
     refuse_other_data(plan)
     image = image_facts(plan.config.site, _old_provenance(paths).get("image"))
     paths.create()
-    fingerprint_of(plan.config, paths, remember=True)
-    with_known_start(plan.config, paths, remember=True)
+    plan.remember()
     provenance = {
         "commit": code_version(),
         "data_fingerprint": plan.fingerprint,
@@ -154,10 +153,14 @@ def _write_cells(paths: RunPaths, cells: Sequence[Cell]) -> None:
 
 
 def refuse_other_data(plan: Plan) -> None:
-    """Raise RunError when shards were made here from other data: one run folder holds one data set."""
+    """Raise RunError when shards were made here from other data, or a map with other weights: one folder holds one run."""
+    if isinstance(plan, MapPlan):
+        return plan.refuse_other_data()
     facts = read_plan(plan.paths.plan)
     if facts is None:
         return
+    if any(cell["stage"] in MAP_STAGES for cell in facts["cells"]):
+        raise RunError(f"{plan.paths.root}: is the folder of a map run; give another name (--set name=NAME)")
     made = [cell for cell in facts["cells"] if cell["stage"] == "preprocess"]
     kept = any(plan.paths.cell(str(cell["id"])).record.is_file() for cell in made)
     if not kept or facts.get("gather") in (None, plan.gather.id):

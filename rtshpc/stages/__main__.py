@@ -1,6 +1,6 @@
 """`python -m rtshpc.stages STAGE --run-dir RUN --task TASK`: one task by hand or by a job.
 
-`python -m rtshpc.stages check|params|weights ARGUMENTS...` runs a tool that needs pixels or tensors.
+`python -m rtshpc.stages check|params|survey|weights ARGUMENTS...` runs a tool that needs pixels or tensors.
 Exit codes: 0 done (or done before), 1 failed, 2 a mistake of the user or a missing library, 75 told to stop: what was
 done is saved, and the same line goes on from there; 69 this node or its GPU is broken, another one may do it.
 """
@@ -17,8 +17,8 @@ from rtshpc.core.cell import STAGES
 from rtshpc.core.errors import RtshpcError, drop_lost_output, system_sentence
 from rtshpc.core.paths import write_alone
 
-TOOLS = ("check", "params", "weights")
-"""Stages without a cell: they print and write no record."""
+TOOLS = ("check", "params", "survey", "weights")
+"""Modules of `rtshpc.stages.tools`."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 def _tool(name: str, arguments: Sequence[str]) -> int:
     """A tool's own main, or one line when the libraries of the tasks are not installed."""
     try:
-        module = importlib.import_module(f"rtshpc.stages.{name}")
+        module = importlib.import_module(f"rtshpc.stages.tools.{name}")
     except ModuleNotFoundError as error:
         from rtshpc.stages.runner import missing_library
 

@@ -183,10 +183,16 @@ def _sweep_leftovers(folder: CellPaths) -> None:
 
 def _set_threads(cell: Cell) -> None:
     """Threads from the cell's config and the kind of memory, before any numeric library reads them."""
-    trainings = {"pretrain": cell.config.pretrain, "features": cell.config.finetune, "finetune": cell.config.finetune}
-    training = trainings.get(cell.stage)
+    config = cell.config
+    sections = {
+        "pretrain": config.pretrain,
+        "features": config.finetune,
+        "finetune": config.finetune,
+        "map": config.map,
+    }
+    section = sections.get(cell.stage)
     for variable in THREAD_VARIABLES:
-        os.environ[variable] = str(training.threads if training is not None else 1)
+        os.environ[variable] = str(section.threads if section is not None else 1)
     # PyTorch on CPUs then asks for its large blocks in huge pages, where Linux gives them on request: a training step
     # takes and gives back hundreds of such blocks, and a fault for every 4 KiB of them was a fifth of its time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

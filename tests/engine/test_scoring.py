@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rtshpc.engine.predict import boxes_of_masks, encode
+from rtshpc.engine.predict import boxes_of_masks, decode, encode
 from rtshpc.engine.scoring import ImageResult, Regions, quick_score, score
 
 SIDE = 64
@@ -131,9 +131,50 @@ def test_a_detection_on_unlabelled_ground_is_neither_right_nor_wrong() -> None:
 def test_a_figure_without_ground_truth_is_none_and_misses_are_zero() -> None:
     empty = _image([], [_disc(30, 30, 5)], [0.9])
     assert set(score([empty], 1, (10, 100))["mask"].values()) == {None}
-    assert quick_score([], 1) == {"ap50": None, "ap": None}
+    assert quick_score([], 1) == {"ap50": None, "ap": None, "f1": None, "threshold": None}
+    assert quick_score([empty], 1)["threshold"] is None
     missed = _image([_disc(30, 30, 5)], [], [])
     assert score([missed], 1)["mask"]["AP50"] == 0.0
+
+
+def _f1(images: list[ImageResult], threshold: float) -> float:
+    """F1 of the detections from a score on: each, best first, takes the free instance it fits best, from IoU 0.5."""
+    right = taken_out = labelled = 0
+    for image in images:
+        truth, found = decode(image.truth.masks or [], image.size), decode(image.found.masks or [], image.size)
+        assert image.found.scores is not None
+        labelled += len(truth)
+        free = list(range(len(truth)))
+        for number in np.argsort(-image.found.scores, kind="stable"):
+            if image.found.scores[number] < threshold:
+                continue
+            taken_out += 1
+            iou = {n: (truth[n] & found[number]).sum() / (truth[n] | found[number]).sum() for n in free}
+            best = max(iou, key=iou.__getitem__, default=None)
+            if best is not None and iou[best] >= 0.5:
+                right += 1
+                free.remove(best)
+    return 2 * right / (taken_out + labelled)
+
+
+def test_the_threshold_of_a_validation_maximises_f1() -> None:
+    images = _random_images()
+    scores = np.unique(np.concatenate([image.found.scores for image in images if image.found.scores is not None]))
+    best = max(_f1(images, threshold) for threshold in scores)
+    found = quick_score(images, 1)
+    assert found["f1"] == pytest.approx(100 * best)
+    assert found["threshold"] is not None
+    assert _f1(images, found["threshold"]) == pytest.approx(best)
+    # All of equal scores are taken or none.
+    disc, far = _disc(16, 16, 6), _disc(45, 45, 8)
+    even = quick_score([_image([disc], [disc, far], [0.5, 0.5])], 1)
+    assert (even["f1"], even["threshold"]) == (pytest.approx(200 / 3), 0.5)
+
+
+def test_ground_that_is_not_labelled_takes_no_part_in_the_threshold() -> None:
+    slump, unknown = _disc(16, 16, 6), _disc(45, 45, 8)
+    image = _image([slump], [unknown, slump], [0.9, 0.5], ignore=_regions([unknown]))
+    assert quick_score([image], 1)["f1"] == pytest.approx(100)
 
 
 def test_boxes_alone_give_no_mask_figures() -> None:

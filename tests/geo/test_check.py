@@ -12,7 +12,7 @@ from geo_making import BANDS, PLACE, reflectance, slumps, write_sample
 from rasterio.transform import Affine
 
 from rtshpc.core.errors import RtshpcError
-from rtshpc.stages import check
+from rtshpc.stages.tools import check
 
 
 def judged(capsys: Any, *arguments: Any) -> list[dict[str, Any]]:

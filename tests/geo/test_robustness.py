@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rtshpc.stages import check
+from rtshpc.stages.tools import check
 
 ROOT = Path(__file__).resolve().parents[3] / "shared" / "robustness"
 TABLE = ROOT / "TABLE.csv"

@@ -80,7 +80,7 @@ def test_a_plan_that_caches_nothing_says_nothing_of_it(launcher: Launcher) -> No
 
 
 def test_a_disk_that_is_too_small_is_told(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rtshpc.launch.commands import plan as command
+    from rtshpc.launch.commands import sweep as command
 
     facts = plan_of(launcher, CACHED).features()
     assert facts is not None and "NOT ENOUGH" not in command._disk(facts)

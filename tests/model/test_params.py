@@ -7,7 +7,7 @@ import pytest
 
 from rtshpc.core.errors import ConfigError
 from rtshpc.core.load import load_model
-from rtshpc.stages import params
+from rtshpc.stages.tools import params
 
 PAPER = {(1, "full"): (102.88, 102.88), (2, "pretrained"): (170.06, 68.65), (3, "pretrained"): (230.19, 78.07)}
 """(Modalities, arm) -> total and trained, M: Li et al. 2025, Table 2, to the rounded million."""

@@ -19,7 +19,8 @@ from rtshpc.core.config import DataConfig, FinetuneConfig, ModelConfig, RunConfi
 from rtshpc.core.load import load_data
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import SILENT, Record, write_record
-from rtshpc.stages import check, gather, preprocess
+from rtshpc.stages import gather, preprocess
+from rtshpc.stages.tools import check
 
 
 class Folder:

@@ -11,6 +11,7 @@ from rtshpc.core.config.data import (
     ShardConfig as ShardConfig,
     SplitConfig as SplitConfig,
 )
+from rtshpc.core.config.map import MapConfig as MapConfig, NormalConfig as NormalConfig
 from rtshpc.core.config.model import (
     FusionConfig as FusionConfig,
     ModelConfig as ModelConfig,

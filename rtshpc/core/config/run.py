@@ -10,6 +10,7 @@ from pydantic import AfterValidator, model_validator
 from rtshpc.core.config.checks import FILE_NAME, SHA256, Binds, Line, Names, ordered, rising, unique
 from rtshpc.core.config.data import DataConfig
 from rtshpc.core.config.explain import show
+from rtshpc.core.config.map import MapConfig
 from rtshpc.core.config.model import ModelConfig
 from rtshpc.core.config.section import Section, doc
 from rtshpc.core.errors import unknown
@@ -263,6 +264,7 @@ class RunConfig(Section):
     finetune: FinetuneConfig = doc("stage 2")
     evaluate: EvaluateConfig = doc("scoring", EvaluateConfig())
     measure: MeasureConfig = doc("memory", MeasureConfig())
+    map: MapConfig = doc("mapping (docs/mapping.md)", MapConfig())
     site: SiteConfig = doc("where to run, or the name of one in configs/sites", SiteConfig())
     seed: int = doc("seed of weights, order and augmentation", 0, ge=0)
     grid: dict[str, tuple[Any, ...]] = doc("dotted key -> values; every combination is a finetune cell", {})
@@ -283,6 +285,8 @@ class RunConfig(Section):
             ("pretrain.modalities", self.pretrain.modalities),
             ("finetune.primary", (self.finetune.primary,)),
             *(("measure.modality_sets", names) for names in self.measure.modality_sets),
+            ("map.modalities", self.map.modalities),
+            ("map.dem", (self.map.dem,) if self.map.dem else ()),
         ):
             for name in names:
                 if name not in self.data.modalities:

@@ -84,7 +84,7 @@ def retry(run: str, wanted: tuple[str, ...], site: str | None, sets: tuple[str, 
     from rtshpc.core.load import load_run
     from rtshpc.launch.jobs import choose, refuse_other_keys, with_more_memory
     from rtshpc.launch.launch import launch
-    from rtshpc.launch.plan import plan_in
+    from rtshpc.launch.plan import plan_again
     from rtshpc.launch.status import read_plan, run_status
 
     refuse_other_keys(sets)
@@ -96,4 +96,4 @@ def retry(run: str, wanted: tuple[str, ...], site: str | None, sets: tuple[str, 
         for key in ("memory_gb", "micro_batch"):
             if getattr(before, key) != getattr(config.site, key):
                 click.echo(f"{paths.root}: site.{key} is {getattr(config.site, key)} from now on")
-    return launch(lambda: replace(plan_in(config, paths, until), only=only))
+    return launch(lambda: replace(plan_again(config, paths, until), only=only))

@@ -13,15 +13,19 @@ from rtshpc.launch.commands.options import run_folder, runs_option
 @click.argument("run")
 @runs_option
 def report(run: str, runs: str) -> int:
-    """Write the report of RUN from its records, whatever is done so far, and print its path."""
+    """Write the report of RUN (of a map run: layers and page) from its records, and print its path."""
     paths = run_folder(run, runs)
     from rtshpc.core.grid import cells
     from rtshpc.core.load import read_run_config, write_cell
     from rtshpc.core.paths import make_private
     from rtshpc.hpc.executor import task_command
+    from rtshpc.launch.plan import map_plan
 
     config, provenance = read_run_config(paths.config)
-    cell = cells(config, str(provenance.get("data_fingerprint", "")))[-1]
+    if config.map.model:
+        cell = map_plan(config, paths).cells[-1]
+    else:
+        cell = cells(config, str(provenance.get("data_fingerprint", "")))[-1]
     make_private(paths.cell(cell.id).root)
     write_cell(paths.cell(cell.id).config, cell)
     line = task_command(cell.stage, str(paths.root), cell.id)

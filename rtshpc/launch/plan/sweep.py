@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtshpc.core.cell import STAGES, Cell
+from rtshpc.core.cell import SWEEP_STAGES, Cell
 from rtshpc.core.config import RunConfig
 from rtshpc.core.config.run import NO_FILE
 from rtshpc.core.errors import ConfigError, RtshpcError, unknown
@@ -84,6 +85,11 @@ class Plan:
             "free_bytes": shutil.disk_usage(root).free,
         }
 
+    def remember(self) -> None:
+        """Keep the hashes of input files, which take long to find."""
+        fingerprint_of(self.config, self.paths, remember=True)
+        with_known_start(self.config, self.paths, remember=True)
+
     def describe(self) -> dict[str, Any]:
         """The plan as JSON: what plan.json holds and `plan --json` prints."""
         todo = {cell.id for cell in self.todo}
@@ -120,124 +126,11 @@ class Plan:
             "executor": self.config.site.executor,
             "data": self.config.data.name,
             "data_fingerprint": self.fingerprint,
-            "gather": self.gather.id,
+            "gather": next((cell.id for cell in self.cells if cell.stage == "gather"), None),
             "features": self.features(),
             "stages": counts,
             "cells": listed,
         }
-
-
-Link = tuple[int | str, int | None]
-"""What a job waits for: an array of the same plan by number, or a job by Slurm's; and its element, None = all of it."""
-
-
-@dataclass(frozen=True)
-class Array:
-    """Cells of one stage that are submitted together and wait for the same.
-
-    Attributes:
-        number: place in the order of submission.
-        stage: of all its cells.
-        cells: element i is the i-th.
-        rule: Slurm's word for what it waits for: afterok (all went well), aftercorr (element i waits for element i),
-            afterany (all are over); empty where it waits for nothing.
-        after: what it waits for.
-    """
-
-    number: int
-    stage: str
-    cells: tuple[Cell, ...]
-    rule: str
-    after: tuple[Link, ...]
-
-    def dependency(self, jobs: Mapping[int, str]) -> str:
-        """As sbatch spells it; `jobs` are the numbers that Slurm gave to the arrays before this one."""
-        spelled = [
-            (jobs[job] if isinstance(job, int) else job) + ("" if element is None else f"_{element}")
-            for job, element in self.after
-        ]
-        return ":".join([self.rule, *dict.fromkeys(spelled)]) if spelled else ""
-
-
-def arrays(todo: Sequence[Cell], queued: Mapping[str, str], most: int) -> list[Array]:
-    """Cells to do -> the arrays to submit, in order.
-
-    Cells that build on the same cells are one array, and wait for those elements only: a cell starts as soon as its
-    own backbones are there, and a failed one takes none along that does not build on it. What is one to one (the
-    evaluations of trained cells) waits element by element. The index and the summary wait for the end of what they
-    read, however it ended: both say what is missing.
-
-    Args:
-        todo: cells to do, in stage order.
-        queued: id -> Slurm's job (`12` or `12_3`) of those that Slurm has already.
-        most: elements of an array.
-    """
-    return _Arranger(todo, queued, most).arrays
-
-
-class _Arranger:
-    def __init__(self, todo: Sequence[Cell], queued: Mapping[str, str], most: int) -> None:
-        self.arrays: list[Array] = []
-        self._most = most
-        self._pending = {cell.id: cell for cell in todo}
-        self._place: dict[str, Link] = {name: _job_link(job) for name, job in queued.items()}
-        self._above: dict[str, set[str]] = {}
-        # First in their arrays, so that the elements of the evaluations' array are numbered as these.
-        self._scored = {need for cell in todo if cell.stage == "evaluate" for need in cell.needs}
-        for cell in todo:
-            self._above[cell.id] = {name for need in self._needs(cell) for name in (need, *self._above[need])}
-        for stage in STAGES:
-            cells = [cell for cell in todo if cell.stage == stage and cell.id not in queued]
-            if stage == "summarise":
-                # One that is queued already does not know of what is submitted now: another comes after it.
-                cells = [cell for cell in todo if cell.stage == stage] if self.arrays else cells
-                everything = [(array.number, None) for array in self.arrays]
-                before = [(_job_link(job)[0], None) for job in queued.values()]
-                self._add(cells, "afterany", [*everything, *before])
-            elif stage == "gather":
-                whole = [(self._place[need][0], None) for cell in cells for need in self._needs(cell)]
-                self._add(cells, "afterany", whole)
-            else:
-                self._add_groups(cells)
-
-    def _needs(self, cell: Cell) -> list[str]:
-        return [need for need in cell.needs if need in self._pending]
-
-    def _links(self, cell: Cell) -> list[Link]:
-        """What the cell must wait for itself: a need that another one waits for is met with that."""
-        needs = self._needs(cell)
-        met = {name for need in needs for name in self._above[need]}
-        return [self._place[need] for need in needs if need not in met]
-
-    def _add_groups(self, cells: Sequence[Cell]) -> None:
-        paired: dict[int | str, list[tuple[int, Cell]]] = {}
-        groups: dict[tuple[Link, ...], list[Cell]] = {}
-        for cell in cells:
-            links = self._links(cell)
-            groups.setdefault(tuple(sorted(links, key=str)), []).append(cell)
-            if len(links) == 1 and links[0][1] is not None:
-                paired.setdefault(links[0][0], []).append((links[0][1], cell))
-        for job, found in paired.items():
-            found.sort(key=lambda one: one[0])
-            if len(found) > 1 and [element for element, _ in found] == list(range(len(found))):
-                for element, _ in found:
-                    del groups[(job, element),]
-                self._add([cell for _, cell in found], "aftercorr", [(job, None)])
-        for links, members in groups.items():
-            self._add(sorted(members, key=lambda cell: cell.id not in self._scored), "afterok", links)
-
-    def _add(self, cells: Sequence[Cell], rule: str, after: Sequence[Link]) -> None:
-        for first in range(0, len(cells), self._most):
-            part, number = tuple(cells[first : first + self._most]), len(self.arrays)
-            links = tuple(dict.fromkeys(after))
-            self.arrays.append(Array(number, part[0].stage, part, rule if links else "", links))
-            for element, cell in enumerate(part):
-                self._place[cell.id] = (number, element if len(part) > 1 else None)
-
-
-def _job_link(job: str) -> Link:
-    base, _, element = job.partition("_")
-    return base, int(element) if element else None
 
 
 def make_plan(config: RunConfig, runs: Path, until: str | None = None) -> Plan:
@@ -256,7 +149,13 @@ def make_plan(config: RunConfig, runs: Path, until: str | None = None) -> Plan:
 
 
 def plan_in(config: RunConfig, paths: RunPaths, until: str | None = None) -> Plan:
-    """As `make_plan`, for a run folder of any name."""
+    """As `make_plan`, for a run folder of any name.
+
+    Raises:
+        RtshpcError: see `make_plan`; or it is the config of a map run.
+    """
+    if config.map.model:
+        raise ConfigError("map.model is given: this is the config of a map run, which `map` and `retry` work on")
     fingerprint = fingerprint_of(config, paths)
     config = with_known_start(config, paths)
     found = cells(config, fingerprint)
@@ -321,11 +220,11 @@ def _refuse_lost_start(config: RunConfig) -> None:
 def stages_until(until: str | None) -> tuple[str, ...]:
     """The stages up to and with `until`; preprocess takes gather along, which makes its index."""
     if until is None:
-        return STAGES
-    if until not in STAGES:
-        raise RtshpcError(unknown("--until", until, STAGES))
+        return SWEEP_STAGES
+    if until not in SWEEP_STAGES:
+        raise RtshpcError(unknown("--until", until, SWEEP_STAGES))
     last = "gather" if until == "preprocess" else until
-    return STAGES[: STAGES.index(last) + 1]
+    return SWEEP_STAGES[: SWEEP_STAGES.index(last) + 1]
 
 
 def fingerprint_of(config: RunConfig, paths: RunPaths, remember: bool = False) -> str:
@@ -333,8 +232,15 @@ def fingerprint_of(config: RunConfig, paths: RunPaths, remember: bool = False) -
     scenes = list_scenes(config.data, paths.scenes)
     if remember:
         return data_fingerprint(config.data, scenes, paths.fingerprints)
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) / paths.fingerprints.name
-        if paths.fingerprints.is_file():
-            shutil.copyfile(paths.fingerprints, cache)
+    with borrowed(paths.fingerprints) as cache:
         return data_fingerprint(config.data, scenes, cache)
+
+
+@contextmanager
+def borrowed(cache: Path) -> Generator[Path]:
+    """A copy of a file of hashes, which may be changed and is thrown away."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / cache.name
+        if cache.is_file():
+            shutil.copyfile(cache, copy)
+        yield copy
