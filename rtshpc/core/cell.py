@@ -13,7 +13,7 @@ from rtshpc.core.mapping.ground import MapScene
 SWEEP_STAGES = ("preprocess", "gather", "pretrain", "features", "finetune", "evaluate", "measure", "summarise")
 """Stages of a sweep, in the order they run."""
 
-MAP_STAGES = ("map", "merge")
+MAP_STAGES = ("map", "merge", "publish")
 """Stages of a map run, in the order they run."""
 
 STAGES = (*SWEEP_STAGES, *MAP_STAGES)
@@ -32,6 +32,7 @@ RESULT_VERSION = {
     "summarise": 1,
     "map": 1,
     "merge": 1,
+    "publish": 1,
 }
 """Raised by hand, one integer a stage, when the stage's results change."""
 

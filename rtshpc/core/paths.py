@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +107,10 @@ class CellPaths:
         """COCO JSON of the cell's detections, with geographic coordinates."""
         return self.root / "predictions.json"
 
+    def quicklook(self, scene: int) -> Path:
+        """Merge: a small picture of the cell's scene of this number."""
+        return self.root / "quicklooks" / f"{scene:05d}.webp"
+
     @property
     def gallery(self) -> Path:
         return self.root / "gallery"
@@ -146,6 +152,17 @@ class RunPaths:
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    @property
+    def layers(self) -> Path:
+        """Of a map run: what publish writes, and nothing else."""
+        return self.root / "layers"
+
+    def scene_layers(self, scene: str) -> Path:
+        """The layers of one scene; its name as far as a folder can have it, and told apart where it cannot."""
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", scene).strip("._")[:80]
+        mark = "" if plain == scene else f"-{hashlib.sha256(scene.encode()).hexdigest()[:8]}"
+        return self.layers / "scenes" / f"{plain or 'scene'}{mark}"
 
     @property
     def scenes(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -157,6 +158,13 @@ def _content(path: Path) -> bytes | None:
 def write_record(path: Path, record: Record) -> None:
     """Write a record atomically: from this rename on the cell is done."""
     write_json(path, record.model_dump(mode="json"))
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What a record says of a file that its stage has written: `file` (its name), `bytes` and `sha256`."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
 
 
 def read_record(path: Path) -> Record | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ class Features:
         """The rows of a boolean mask or of indexes, in their order."""
         columns = {name: values[chosen] for name, values in self.columns.items()}
         return Features(self.crs_wkt, self.geometry[chosen], columns)
+
+    def rows_by(self, name: str) -> dict[str, NDArray[np.int64]]:
+        """Value of a column of words -> the rows that have it."""
+        found: dict[str, list[int]] = {}
+        for row, value in enumerate(self[name]):
+            found.setdefault(value, []).append(row)
+        return {value: np.array(rows, np.int64) for value, rows in found.items()}
 
     def with_columns(self, **columns: Any) -> Features:
         """The same rows with further (or other) columns."""
@@ -145,7 +153,7 @@ def read_features(path: Path) -> Features:
     try:
         table = parquet.read_table(path, page_checksum_verification=True)
         geo = json.loads((table.schema.metadata or {})[b"geo"])
-        crs = pyproj.CRS.from_json_dict(geo["columns"][GEOMETRY]["crs"])
+        crs_wkt = _wkt(json.dumps(geo["columns"][GEOMETRY]["crs"]))
         geometry = shapely.from_wkb(table[GEOMETRY].to_numpy(zero_copy_only=False))
     except (
         OSError,
@@ -159,7 +167,13 @@ def read_features(path: Path) -> Features:
         raise RunError(f"{path}: no table of outlines can be read: {why}") from None
     names = [name for name in table.column_names if name != GEOMETRY]
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in names}
-    return Features(crs.to_wkt(), geometry, columns)
+    return Features(crs_wkt, geometry, columns)
+
+
+@lru_cache(maxsize=256)
+def _wkt(projjson: str) -> str:
+    """WKT of a CRS; making one of PROJJSON takes long."""
+    return pyproj.CRS.from_json(projjson).to_wkt()
 
 
 def _geo(features: Features) -> dict[str, Any]:

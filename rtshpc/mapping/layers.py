@@ -206,18 +206,30 @@ def _many(features: Features) -> Features:
     return Features(features.crs_wkt, shapes, features.columns)  # pyright: ignore[reportArgumentType]
 
 
-def write_layer(stem: Path, features: Features, name: str) -> list[Path]:
-    """Write `STEM.gpkg` (layer `name`) and `STEM.parquet`, and read both back.
+def write_table(path: Path, features: Features) -> Path:
+    """Write a GeoParquet and read it back.
 
     Raises:
         RunError: what is read back is not what was written.
     """
-    package, parquet = stem.with_name(f"{stem.name}.gpkg"), stem.with_name(f"{stem.name}.parquet")
+    write_features(path, features)
+    if not read_features(path).same(features):
+        raise RunError(f"{path}: does not read back as it was written")
+    return path
+
+
+def write_layer(folder: Path, name: str, features: Features) -> dict[str, Path]:
+    """Write `NAME.gpkg` (with a layer of that name) and `NAME.parquet`, and read both back.
+
+    Returns:
+        `package` and `table`.
+
+    Raises:
+        RunError: what is read back is not what was written.
+    """
+    package = folder / f"{name}.gpkg"
     write_geopackage(package, {name: features})
-    write_features(parquet, features)
-    if not read_features(parquet).same(features):
-        raise RunError(f"{parquet}: does not read back as it was written")
-    return [package, parquet]
+    return {"package": package, "table": write_table(folder / f"{name}.parquet", features)}
 
 
 def write_scores(path: Path, ground: Ground, features: Features) -> None:

@@ -49,6 +49,11 @@ class Detections:
             _paste(out[i], probs.float(), box)
         return out
 
+    def take(self, kept: Tensor) -> Detections:
+        """Those of the indexes `kept` (int64)."""
+        probs = None if self.mask_probs_NHW is None else self.mask_probs_NHW[kept]
+        return Detections(self.boxes_N4[kept], self.scores_N[kept], self.classes_N[kept], probs)
+
     def cpu(self) -> Detections:
         """The same on the CPU."""
         probs = None if self.mask_probs_NHW is None else self.mask_probs_NHW.cpu()

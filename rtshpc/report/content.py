@@ -37,6 +37,7 @@ class Part:
         folded: shown on a click.
         gallery: pictures by cell.
         preformatted: (title, text) shown on a click as it is.
+        maps: shown first; (name, title, caption, SVG of our own).
     """
 
     id: str
@@ -47,11 +48,17 @@ class Part:
     folded: tuple[Table, ...] = ()
     gallery: tuple[Pictures, ...] = ()
     preformatted: tuple[tuple[str, str], ...] = ()
+    maps: tuple[tuple[str, str, str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Content:
-    """The whole report: title, a line on the setting, key figures and sections."""
+    """The whole report: title, a line on the setting, key figures and sections.
+
+    Attributes:
+        files: what lies beside the page.
+        pictures: definitions that the maps use, SVG of our own.
+    """
 
     title: str
     setting: str
@@ -60,6 +67,8 @@ class Content:
     headlines: tuple[Entry, ...]
     warnings: tuple[str, ...]
     parts: tuple[Part, ...]
+    files: tuple[str, ...] = ()
+    pictures: str = ""
 
 
 def build(records: RunRecords, cell: Cell, config_text: str) -> Content:

@@ -37,7 +37,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _HATCHES = ("", "////", "....")
 LINES_A_FIGURE = len(PALETTE)
 _WIDTH_IN = 4.7
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "rtshpc",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -101,13 +101,15 @@ def _coloured(svg: str, colours: Mapping[str, str]) -> str:
     return svg
 
 
-def _axes(height_in: float) -> tuple[Figure, Axes]:
+def axes_of(height_in: float) -> tuple[Figure, Axes]:
+    """A figure of the page's width with one pair of axes; to be drawn in within `STYLE`."""
     figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.subplots()
 
 
-def _save(figure: Figure) -> str:
+def saved(figure: Figure) -> str:
+    """The figure as SVG, without date and maker."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return re.sub(r"<metadata>.*?</metadata>\s*", "", out.getvalue(), flags=re.DOTALL)
@@ -118,8 +120,8 @@ def ap50_bars(rows: Sequence[Scored]) -> Picture | None:
     shown = [row for row in rows if row.value is not None]
     if not shown:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(0.62 + 0.46 * len(shown))
+    with mpl.rc_context(STYLE):
+        figure, axes = axes_of(0.62 + 0.46 * len(shown))
         for i, row in enumerate(shown):
             colour = PALETTE[0] if row.fused else PALETTE[4]
             axes.barh(
@@ -162,7 +164,7 @@ def ap50_bars(rows: Sequence[Scored]) -> Picture | None:
         axes.set_xlabel("AP50 on the test split, %")
         if figures:
             figure.legend(loc="outside lower left", fontsize=8.5)
-        svg = _save(figure)
+        svg = saved(figure)
     caption = (
         "AP50 on the test split, percent. Light bars: one modality; dark: fused; hatched: full training. "
         "Diamonds: what the paper printed for the same cell, on its own data."
@@ -172,8 +174,8 @@ def ap50_bars(rows: Sequence[Scored]) -> Picture | None:
 
 def memory_bars(group: Group, position: int) -> Picture:
     """The parts of the peak as stacked bars, one for each modality set and arm; on CUDA the allocator peak as a line."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(0.9 + 0.46 * len(group.rows))
+    with mpl.rc_context(STYLE):
+        figure, axes = axes_of(0.9 + 0.46 * len(group.rows))
         for i, row in enumerate(group.rows):
             left = 0.0
             for part, ((key, _), hatch) in enumerate(zip(PARTS, _HATCHES, strict=True)):
@@ -200,7 +202,7 @@ def memory_bars(group: Group, position: int) -> Picture:
         )
         _bar_axes(axes, len(group.rows), max(top / MIB, 1e-6), f"MiB ({group.label})")
         _part_legend(figure, group.backend)
-        svg = _save(figure)
+        svg = saved(figure)
     bold = "bold: peak of the CUDA allocator (black line)" if group.backend == "cuda" else "bold: their sum"
     caption = (
         f"{group.label}, {group.device}, {group.protocol}. Parameters, gradients and activations of one sample, model, "
@@ -213,8 +215,8 @@ def memory_bars(group: Group, position: int) -> Picture:
 def paper_memory_bars() -> Picture:
     """The paper's Table 2 and Fig. 4, on an axis of their own."""
     words = {1: "one modality", 2: "two modalities", 3: "three modalities"}
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(0.62 + 0.46 * len(paper.MEMORY_MB))
+    with mpl.rc_context(STYLE):
+        figure, axes = axes_of(0.62 + 0.46 * len(paper.MEMORY_MB))
         for i, ((count, arm), value) in enumerate(paper.MEMORY_MB.items()):
             axes.barh(
                 i,
@@ -228,7 +230,7 @@ def paper_memory_bars() -> Picture:
             axes.text(0, i - 0.29, words[count] + ("" if arm == "unimodal" else f" · {arm}"), va="bottom", fontsize=8.5)
             _value(axes, value, i, _thousands(value, 0))
         _bar_axes(axes, len(paper.MEMORY_MB), max(paper.MEMORY_MB.values()), "MB, as the paper printed it")
-        svg = _save(figure)
+        svg = saved(figure)
     caption = (
         "The paper's Table 2 (its Fig. 4), MB: MViTv2-B on an RTX A5000. Nothing in this figure was measured here."
     )
@@ -323,8 +325,8 @@ def _curve(
 ) -> Picture | None:
     if not any(points for _, points in lines):
         return None
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(2.35 + 0.17 * len(lines))
+    with mpl.rc_context(STYLE):
+        figure, axes = axes_of(2.35 + 0.17 * len(lines))
         for i, (line, points) in enumerate(lines):
             axes.plot(
                 [x for x, _ in points],
@@ -343,7 +345,7 @@ def _curve(
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         figure.legend(loc="outside lower left", fontsize=8.2)
-        svg = _save(figure)
+        svg = saved(figure)
     return Picture(name, title, caption, svg)
 
 

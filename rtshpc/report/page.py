@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -57,7 +58,7 @@ def render_html(content: Content) -> str:
     charts = {chart.name: Markup(chart.inline()) for part in content.parts for chart in part.charts}  # noqa: S704
     style = Markup(packaged("style.css"))  # noqa: S704
     template = _environment().get_template("page.html.j2")
-    return template.render(content=content, charts=charts, style=style, files=[f"{name}.csv" for name in CSV_FILES])
+    return template.render(content=content, charts=charts, style=style)
 
 
 def render_markdown(content: Content) -> str:
@@ -82,7 +83,8 @@ def write_report(paths: RunPaths, cell: Cell) -> tuple[list[str], RunRecords]:
     """
     records = collect(paths, cell)
     config_text = paths.config.read_text(encoding="utf-8", errors="replace") if paths.config.is_file() else ""
-    content = build(records, cell, config_text)
+    beside = ("report.md", *(f"{name}.csv" for name in CSV_FILES), "figures/*.svg")
+    content = dataclasses.replace(build(records, cell, config_text), files=beside)
     texts: dict[Path, str] = {
         paths.report_page: render_html(content),
         paths.report_markdown: render_markdown(content),

@@ -16,11 +16,10 @@ from rtshpc.core.config import RunConfig
 from rtshpc.core.errors import RunError, SceneRejected
 from rtshpc.core.mapping.ground import Ground, MapScene
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Progress
+from rtshpc.core.records import Progress, file_facts
 from rtshpc.core.scenes import VIRTUAL
 from rtshpc.data.normalise import normalise
 from rtshpc.data.reader import enlarged_image
-from rtshpc.data.shard import file_sha256
 from rtshpc.engine.detectors import mapping_detector
 from rtshpc.engine.distributed import choose_device
 from rtshpc.engine.predict import autocast
@@ -106,7 +105,6 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         told["rejected"] = {"reason": error.reason, "detail": error.detail}
     out = paths.cell(cell.id).pieces
     write_pieces(out, found.pieces)
-    file = {"file": out.name, "bytes": out.stat().st_size, "sha256": file_sha256(out)}
     counts = {"chips": found.mapped + found.empty, "mapped": found.mapped, "empty": found.empty}
     return {
         "rejected": None,
@@ -116,7 +114,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         "missing": facts.missing,
         "valid_px": found.valid_px,
         "pieces": len(found.pieces),
-        "files": [file],
+        "files": [file_facts(out)],
     }
 
 
@@ -215,10 +213,14 @@ def find_pieces(
 
 
 def _take(found: Found, batch: Sequence[Ready], detect: Detect, config: RunConfig, layout: Layout) -> None:
-    images = {name: torch.stack([chip.images[name] for chip in batch]) for name in batch[0].images}
+    images = {name: _stacked([chip.images[name] for chip in batch]) for name in batch[0].images}
     for chip, one in zip(batch, detect(images), strict=True):
         found.pieces += pieces_of(chip.number, chip.box, one, config, layout)
     found.mapped += len(batch)
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    return images[0][None] if len(images) == 1 else torch.stack(list(images))
 
 
 def pieces_of(number: int, box: ChipBox, detections: Detections, config: RunConfig, layout: Layout) -> Iterable[Piece]:
@@ -226,12 +228,7 @@ def pieces_of(number: int, box: ChipBox, detections: Detections, config: RunConf
     kept = torch.nonzero(detections.scores_N >= config.map.score_threshold)[:, 0]
     if not len(kept):
         return
-    chosen = Detections(
-        detections.boxes_N4[kept],
-        detections.scores_N[kept],
-        detections.classes_N[kept],
-        None if detections.mask_probs_NHW is None else detections.mask_probs_NHW[kept],
-    )
+    chosen = detections.take(kept)
     side = box.size * config.data.chip.enlarge
     masks = chosen.masks(box.size, box.size, side, side).numpy()
     masks = masks[:, : layout.height - box.row, : layout.width - box.col]

@@ -13,8 +13,7 @@ from rtshpc.core.load import read_run_config
 from rtshpc.core.mapping.cells import inputs_of
 from rtshpc.core.mapping.ground import Ground, MapScene
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Progress, Record, read_record
-from rtshpc.data.shard import file_sha256
+from rtshpc.core.records import Progress, Record, file_facts, read_record
 from rtshpc.geo.scene import OpenScene, open_scene
 from rtshpc.mapping.attributes import Origin, describe
 from rtshpc.mapping.features import write_features
@@ -23,6 +22,7 @@ from rtshpc.mapping.outlines import outlines
 from rtshpc.mapping.pieces import Piece, read_pieces
 from rtshpc.mapping.scenes.strips import CACHE_BYTES
 from rtshpc.mapping.scenes.survey import layout_of
+from rtshpc.report.overview.quicklook import write_quicklooks
 
 State = dict[str, Any]
 
@@ -61,6 +61,8 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     )
     out = paths.cell(cell.id).instances
     write_features(out, table)
+    looks = {paths.cell(cell.id).quicklook(cell.scenes.index(scene)): scene.scene for scene in mapped}
+    notes += write_quicklooks(looks, cell.config.data)
     counts = Counter(instance.scene for instance in instances)
     return {
         **told,
@@ -70,7 +72,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         "notes": notes,
         "crs_wkt": crs_wkt,
         "transform": list(transform),
-        "files": [{"file": out.name, "bytes": out.stat().st_size, "sha256": file_sha256(out)}],
+        "files": [file_facts(out)],
     }
 
 

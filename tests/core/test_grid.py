@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rtshpc.core.cell import RESULT_VERSION, STAGES, Cell
+from rtshpc.core.cell import RESULT_VERSION, SWEEP_STAGES, Cell
 from rtshpc.core.config import RunConfig
 from rtshpc.core.grid import GridError, cells, combinations, finished
 from rtshpc.core.paths import RunPaths
@@ -53,7 +53,9 @@ def of(config: RunConfig, stage: str) -> list[Cell]:
 
 def test_cells_come_in_stage_order_after_what_they_need() -> None:
     found = cells(make(), FINGERPRINT)
-    assert [STAGES.index(cell.stage) for cell in found] == sorted(STAGES.index(cell.stage) for cell in found)
+    assert [SWEEP_STAGES.index(cell.stage) for cell in found] == sorted(
+        SWEEP_STAGES.index(cell.stage) for cell in found
+    )
     seen: set[str] = set()
     for cell in found:
         assert set(cell.needs) <= seen
@@ -63,7 +65,7 @@ def test_cells_come_in_stage_order_after_what_they_need() -> None:
 
 def test_the_demo_grid_gives_the_cells_of_the_paper() -> None:
     found = cells(make(), FINGERPRINT)
-    counts = {stage: sum(cell.stage == stage for cell in found) for stage in STAGES}
+    counts = {stage: sum(cell.stage == stage for cell in found) for stage in SWEEP_STAGES}
     assert counts == {
         "preprocess": 2,
         "gather": 1,
@@ -163,7 +165,7 @@ def test_site_workers_paths_and_names_never_change_an_id(
 )
 def test_a_change_reaches_exactly_the_stages_it_can_change(change: dict[str, Any], same: set[str]) -> None:
     before, after = make(), make(**change)
-    for stage in set(STAGES[:-1]) - {"features"}:
+    for stage in set(SWEEP_STAGES[:-1]) - {"features"}:
         if stage in same:
             assert ids(before, stage) == ids(after, stage), stage
         else:
@@ -172,7 +174,7 @@ def test_a_change_reaches_exactly_the_stages_it_can_change(change: dict[str, Any
 
 def test_other_input_files_change_every_id_but_memory() -> None:
     before, after = make(), make()
-    for stage in set(STAGES[:-1]) - {"features"}:
+    for stage in set(SWEEP_STAGES[:-1]) - {"features"}:
         differ = ids(before, stage) != ids(after, stage, "e" * 64)
         assert differ == (stage != "measure"), stage
 
@@ -186,9 +188,9 @@ def test_a_new_grid_value_keeps_all_other_ids() -> None:
 
 def test_a_raised_result_version_reaches_what_builds_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = make()
-    old = {stage: ids(before, stage) for stage in STAGES}
+    old = {stage: ids(before, stage) for stage in SWEEP_STAGES}
     monkeypatch.setitem(RESULT_VERSION, "preprocess", 99)
-    changed = {stage for stage in STAGES if ids(before, stage) != old[stage]}
+    changed = {stage for stage in SWEEP_STAGES if ids(before, stage) != old[stage]}
     assert changed == {"preprocess", "gather", "pretrain", "finetune", "evaluate"}
 
 

@@ -29,9 +29,9 @@ def test_a_reader_of_stac_finds_every_scene_and_file(tmp_path: Path) -> None:
     for name, epsg, left in (("b c/d", 32608, 500_000), ("a", 32601, 376_000)):
         folder = tmp_path / "scenes" / name[0]
         folder.mkdir(parents=True)
-        files = dict(zip(("package", "table"), write_layer(folder / "slumps", table(2), "slumps"), strict=True))
+        files = write_layer(folder, "slumps", table(2))
         entries.append(Entry(outcome(name, epsg, left, 7_660_000, 100), folder, files, {"rtshpc:instances": 2}))
-    whole = dict(zip(("package", "table"), write_layer(tmp_path / "slumps", table(3), "slumps"), strict=True))
+    whole = write_layer(tmp_path, "slumps", table(3))
     written = write_catalog(tmp_path / "collection.json", "run", "A run", entries, whole)
     assert len(written) == 3 and all(path.is_file() for path in written)
     first = [path.read_bytes() for path in written]

@@ -46,7 +46,7 @@ def test_both_formats_open_in_geopandas_and_are_the_same_bytes_each_time(tmp_pat
     written = table(7)
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        write_layer(tmp_path / folder / "slumps", written, "slumps")
+        write_layer(tmp_path / folder, "slumps", written)
     for name in ("slumps.gpkg", "slumps.parquet"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     frames = [
@@ -146,7 +146,7 @@ def test_footprints_name_every_scene_and_why_it_was_left_out(tmp_path: Path) -> 
     assert rows.geometry[1] is None
     np.testing.assert_allclose(rows["area_m2"], [1e6, np.nan, 1e6], rtol=1e-3)
     np.testing.assert_array_equal(rows["valid_m2"], [4e5, np.nan, 4e5])
-    write_layer(tmp_path / "footprints", rows, "footprints")
+    write_layer(tmp_path, "footprints", rows)
     assert pyogrio.read_info(tmp_path / "footprints.gpkg")["features"] == 3
 
 

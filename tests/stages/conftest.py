@@ -1,8 +1,9 @@
-"""Lets the tests of stages use the maker of small rasters of geo, `geo_making`."""
+"""Lets the tests of stages use the makers of small rasters (`geo_making`) and of map runs (`publish_making`)."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "geo"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "geo"), str(TESTS / "mapping")]

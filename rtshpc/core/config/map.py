@@ -45,6 +45,8 @@ class MapConfig(Section):
     threads: int = doc("torch threads of a task; part of the result on CPU", 1, ge=1)
     dem: str = doc("modality that is a terrain model, m: instances are given slope, elevation and aspect", "")
 
+    scores: bool = doc("also write a raster of scores (COG) for each scene", False)
+
     @model_validator(mode="after")
     def _seams_can_be_seen(self) -> MapConfig:
         if self.overlap_px == 1:

@@ -1,7 +1,8 @@
 """The cells of a map run, and which of them are still true.
 
-`map`: one block of one scene. `merge`: the scenes of one group. An id hashes what can change the result: the weights and
-the normalisation, how modalities are made, how chips are cut, the scene's files; never paths, sites or the number of tasks.
+`map`: one block of one scene. `merge`: the scenes of one group. `publish`: the layers of all groups. An id hashes what
+can change the result: the weights and the normalisation, how modalities are made, how chips are cut, the scene's files;
+never paths, sites or the number of tasks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def map_cells(config: RunConfig, scenes: Sequence[MapScene]) -> list[Cell]:
     for scene in scenes:
         groups.setdefault(scene.group, []).append(scene)
     merges = [_merge_cell(config, members, of_scene) for members in groups.values()]
-    return [*_numbered(blocks), *_numbered(merges)]
+    return [*_numbered(blocks), *_numbered(merges), _publish_cell(config, merges)]
 
 
 def _hashed(config: RunConfig) -> dict[str, Any]:
@@ -53,9 +54,10 @@ def _hashed(config: RunConfig) -> dict[str, Any]:
 
 def _map_cell(config: RunConfig, hashed: dict[str, Any], scene: MapScene, block: int) -> Cell:
     of = f" {block + 1}/{scene.blocks}" if scene.blocks > 1 else ""
+    seen = scene.model_dump(mode="json", include={"ground", "reason", "blocks"})
     return _cell(
         "map",
-        {**hashed, "scene": scene.fingerprint, "block": block},
+        {**hashed, **seen, "scene": scene.fingerprint, "block": block},
         f"map {scene.scene.id}{of}",
         config,
         modalities=config.map.modalities,
@@ -80,6 +82,13 @@ def _merge_cell(config: RunConfig, scenes: Sequence[MapScene], of_scene: dict[st
         scenes=tuple(scenes),
         data_fingerprint=fingerprint,
     )
+
+
+def _publish_cell(config: RunConfig, merges: Sequence[Cell]) -> Cell:
+    needs = tuple(cell.id for cell in merges)
+    fingerprint = digest([cell.data_fingerprint for cell in merges], 64)
+    hashed = {"needs": needs, "scenes": fingerprint, "scores": config.map.scores}
+    return _cell("publish", hashed, "publish", config, needs=needs, data_fingerprint=fingerprint)
 
 
 def _cell(stage: str, hashed: dict[str, Any], label: str, config: RunConfig, **fields: Any) -> Cell:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rtshpc.core.config import DataConfig
@@ -78,15 +78,16 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _named(rows: list[Row]) -> list[Row]:
+def _named(rows: Sequence[Row]) -> list[Row]:
     """Rows with a name each: the index's, else the stem of the image, else, where two share that, the whole path."""
     stems = Counter(Path(row["image"]).stem for row in rows if not row.get("scene"))
     found: list[Row] = []
     for number, row in enumerate(rows, 1):
         image = row.get("image", "")
         stem = Path(image).stem
-        own = stem if stems[stem] == 1 else Path(image).with_suffix("").as_posix().strip("/.").replace("/", "-")
-        found.append({**row, "scene": row.get("scene") or (own if image else f"unnamed row {number}")})
+        whole = image.removesuffix(Path(image).suffix).strip("/.").replace("/", "-")
+        own = f"unnamed row {number}" if not image else stem if stems[stem] == 1 else whole
+        found.append({**row, "scene": row.get("scene") or own})
     return found
 
 

@@ -42,7 +42,6 @@ def grouped(seen: Sequence[Seen], dates: Sequence[str]) -> list[Seen]:
 
 def _near(seen: Sequence[Seen], dates: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs of one date and CRS whose bounds meet, found from the south to the north without comparing all with all."""
-    names: list[str] = []
     known: dict[str, int] = {}
     sets: dict[tuple[str, int], list[tuple[Box, int]]] = {}
     for number, (one, date) in enumerate(zip(seen, dates, strict=True)):
@@ -50,8 +49,7 @@ def _near(seen: Sequence[Seen], dates: Sequence[str]) -> Iterator[tuple[int, int
             continue
         wkt = one.ground.crs_wkt
         if wkt not in known:
-            known[wkt] = next((at for at, name in enumerate(names) if same_crs(name, wkt)), len(names))
-            names.append(wkt)
+            known[wkt] = next((crs for name, crs in known.items() if same_crs(name, wkt)), len(known))
         sets.setdefault((date, known[wkt]), []).append((_bounds(one.ground), number))
     for members in sets.values():
         reached: list[tuple[Box, int]] = []

@@ -1,4 +1,4 @@
-"""Pixels of the chips of a block, a row of chips at a time, read in a thread while the ones before are worked on."""
+"""Pixels of the chips of a block, some rows of chips at a time, read in a thread while those before are worked on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from rtshpc.mapping.layout import Layout
 CACHE_BYTES = 256 << 20
 """GDAL's cache: two rows of a file's blocks under a row of chips of a block, so that each is decoded once."""
 
+STRIP_PX = 2 << 20
+"""A strip of several rows of chips holds at most so many px: neighbouring strips share an overlap, which is read twice."""
+
 AHEAD = 1
-"""Rows of chips that wait to be worked on."""
+"""Strips that wait to be worked on."""
 
 Item = TypeVar("Item")
 
@@ -45,7 +48,7 @@ class ReadFacts:
 
 @dataclass(frozen=True)
 class Strip:
-    """Chips of one row of chips.
+    """Whole rows of the block's chips.
 
     Attributes:
         chips: indexes into `Layout.boxes()` and their boxes.
@@ -80,17 +83,27 @@ def strips(
     Raises:
         SceneRejected: by name and reason; `changed`, where the scene no longer lies on `ground`.
     """
-    boxes, across = layout.boxes(), len(layout.cols)
+    boxes = layout.boxes()
     with rejecting(scene.id), open_scene(scene, data, False, 0, CACHE_BYTES) as opened:
         _refuse_other_ground(scene, ground, opened.grid)
         facts.scaling, facts.missing = opened.scaling, sorted(opened.missing)
-        for _, members in groupby(chips, lambda chip: chip // across):
-            row = [(chip, boxes[chip]) for chip in members]
-            first, last = row[0][1], row[-1][1]
-            height = min(first.size, ground.height - first.row)
+        for members in _in_strips(chips, layout):
+            own = [(chip, boxes[chip]) for chip in members]
+            first, last = own[0][1], own[-1][1]
+            height = min(last.row + last.size, ground.height) - first.row
             width = min(last.col + last.size, ground.width) - first.col
-            yield Strip(row, first.row, first.col, opened.part(first.row, first.col, height, width))
+            yield Strip(own, first.row, first.col, opened.part(first.row, first.col, height, width))
         facts.warnings = list(opened.warnings)
+
+
+def _in_strips(chips: Sequence[int], layout: Layout) -> Iterator[list[int]]:
+    """Chips of a block, row by row, in strips of whole rows."""
+    rows = [list(row) for _, row in groupby(chips, lambda chip: chip // len(layout.cols))]
+    step = layout.size - layout.overlap
+    width = step * len(rows[0]) + layout.overlap
+    most = max(1, (STRIP_PX // width - layout.overlap) // step)
+    for first in range(0, len(rows), most):
+        yield [chip for row in rows[first : first + most] for chip in row]
 
 
 def _refuse_other_ground(scene: Scene, ground: Ground, grid: Grid) -> None:

@@ -1,0 +1,1 @@
+"""The page of a map run: overview maps, counts, scores."""
