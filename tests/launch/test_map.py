@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from rtshpc.core.cell import Cell
 from rtshpc.core.errors import ConfigError, RtshpcError
 from rtshpc.core.mapping.ground import MapScene
 from rtshpc.core.mapping.listing import scenes_to_map
@@ -30,6 +29,7 @@ from rtshpc.mapping.scenes.survey import survey
 from rtshpc.stages import runner
 
 ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("slumps.parquet", "footprints.parquet", "map.gpkg")
 SETS = ("map.score_threshold=0.3", "map.overlap_px=16")
 
 
@@ -68,13 +68,10 @@ def results(plan: MapPlan, stage: str) -> dict[str, dict[str, Any]]:
 
 
 def tables(plan: MapPlan) -> dict[str, bytes]:
-    """The features of every group, byte by byte."""
-    merges = [cell for cell in plan.cells if cell.stage == "merge"]
-    return {cell.label: plan.paths.cell(cell.id).instances.read_bytes() for cell in merges if _mapped(plan, cell)}
-
-
-def _mapped(plan: MapPlan, cell: Cell) -> bool:
-    return plan.paths.cell(cell.id).instances.exists()
+    """The features of every group and the layers of the whole run, byte by byte."""
+    merges = {cell.label: plan.paths.cell(cell.id).instances for cell in plan.cells if cell.stage == "merge"}
+    layers = {name: plan.paths.layers / name for name in LAYERS}
+    return {name: path.read_bytes() for name, path in (merges | layers).items() if path.exists()}
 
 
 def states(plan: MapPlan) -> dict[str, str]:
@@ -89,7 +86,8 @@ def test_one_task_a_scene_and_many_in_any_order_give_the_same_bytes(to_map: Any,
     work(whole)
     work(cut, random.Random(3))
     found = tables(whole)
-    assert set(found) == {"merge a and 1 more", "merge y"} and found == tables(cut)
+    assert set(found) == {"merge a and 1 more", "merge y", *LAYERS}
+    assert [name for name, content in tables(cut).items() if content != found[name]] == []
     assert states(whole) == states(cut) == {"a": "mapped", "b": "mapped", "x": "rejected", "y": "mapped"}
     told = results(whole, "merge")["merge a and 1 more"]
     assert told["instances"] == sum(one["instances"] for one in told["scenes"]) > 10
@@ -212,6 +210,7 @@ def test_launch_map_maps_names_what_it_cannot_use_and_has_nothing_to_do_when_run
     assert facts["finished"] and [one["state"] for one in facts["cells"]] == ["done"] * len(facts["cells"])
     assert next(one["metric"] for one in facts["cells"] if one["label"] == "map x").startswith("rejected: x.tif")
     again = launch(*line)
+    assert f"layers: {out}/layers" in done.stdout and (out / "layers" / "map.gpkg").is_file()
     assert again.returncode == 0 and "nothing to do, all 5 cells are done" in again.stdout
     assert read_json(out / "scenes.json") is not None
 
@@ -234,5 +233,6 @@ def test_what_would_be_done_is_shown_without_writing_and_prepared_for_the_templa
 
 def test_merges_wait_for_the_end_of_all_blocks_however_they_end(to_map: Any, tmp_path: Path) -> None:
     plan = planned(to_map, to_map.scenes("aby"), tmp_path / "out")
-    blocks, merges, _ = arrays(plan.todo, {}, 1000)
+    blocks, merges, publish = arrays(plan.todo, {}, 1000)
     assert (len(blocks.cells), len(merges.cells), merges.dependency({0: "7"})) == (3, 2, "afterany:7")
+    assert publish.dependency({0: "7", 1: "8"}) == "afterany:8"
