@@ -105,7 +105,7 @@ def measure(path: Path, repeats: int, block_px: int) -> dict[str, float]:
     layout = layout_of(known.ground, config.data, config.map)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     first = ours(known, layout, config)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    peak = max(1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # less than 1 MiB is noise
     pairs = [(bare(path), ours(known, layout, config) if turn else first) for turn in range(repeats)]
     chips = len(layout.boxes())
     least = [min(seconds) for seconds in zip(*pairs, strict=True)]

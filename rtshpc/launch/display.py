@@ -159,6 +159,8 @@ def headline(record: Record) -> str:
     if record.stage == "merge":
         states = [scene["state"] for scene in results.get("scenes", [])]
         return f"{results.get('instances')} instances in {states.count('mapped')} of {len(states)} scenes"
+    if record.stage == "publish":
+        return f"{results.get('instances')} instances"
     return ""
 
 

@@ -13,9 +13,12 @@ from rich.console import Console
 from rtshpc.core.cell import MAP_STAGES
 from rtshpc.hpc.executor import refuse_unusable
 from rtshpc.launch.display import Display, make_console, tables
-from rtshpc.launch.plan import Plan
+from rtshpc.launch.plan import MapPlan, Plan
 from rtshpc.launch.schedule import Outcome, Scheduler
 from rtshpc.launch.submit import Ledger, launcher_lock, mend_cells, prepare, refuse_other_data, submit_arrays
+
+FEW = 20
+"""So many scenes that are not in the layers are named."""
 
 
 def launch(make: Callable[[], Plan], only_prepare: bool = False) -> int:
@@ -114,6 +117,19 @@ def _results(console: Console, plan: Plan) -> None:
         console.print(table)
     if plan.paths.report_page.is_file():
         console.print(f"report: {plan.paths.report_page}", markup=False, soft_wrap=True)
+    if isinstance(plan, MapPlan):
+        _map_results(console, plan)
+
+
+def _map_results(console: Console, plan: MapPlan) -> None:
+    """Scenes that are not in the layers, and where the layers are."""
+    lost = plan.not_mapped()
+    for text in lost[:FEW]:
+        console.print(text, markup=False, soft_wrap=True)
+    if len(lost) > FEW:
+        console.print(f"... and {len(lost) - FEW} more scenes; see the footprints", markup=False, soft_wrap=True)
+    if plan.paths.layers.is_dir():
+        console.print(f"layers: {plan.paths.layers}", markup=False, soft_wrap=True)
 
 
 def _failures(console: Console, outcome: Outcome) -> int:

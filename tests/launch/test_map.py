@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from rtshpc.core.cell import Cell
 from rtshpc.core.errors import ConfigError, RtshpcError
 from rtshpc.core.mapping.ground import MapScene
 from rtshpc.core.mapping.listing import scenes_to_map
@@ -30,6 +29,7 @@ from rtshpc.mapping.scenes.survey import survey
 from rtshpc.stages import runner
 
 ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("slumps.parquet", "footprints.parquet", "map.gpkg")
 SETS = ("map.score_threshold=0.3", "map.overlap_px=16")
 
 
@@ -68,13 +68,10 @@ def results(plan: MapPlan, stage: str) -> dict[str, dict[str, Any]]:
 
 
 def tables(plan: MapPlan) -> dict[str, bytes]:
-    """The features of every group, byte by byte."""
-    merges = [cell for cell in plan.cells if cell.stage == "merge"]
-    return {cell.label: plan.paths.cell(cell.id).instances.read_bytes() for cell in merges if _mapped(plan, cell)}
-
-
-def _mapped(plan: MapPlan, cell: Cell) -> bool:
-    return plan.paths.cell(cell.id).instances.exists()
+    """The features of every group and the layers of the whole run, byte by byte."""
+    merges = {cell.label: plan.paths.cell(cell.id).instances for cell in plan.cells if cell.stage == "merge"}
+    layers = {name: plan.paths.layers / name for name in LAYERS}
+    return {name: path.read_bytes() for name, path in (merges | layers).items() if path.exists()}
 
 
 def states(plan: MapPlan) -> dict[str, str]:
@@ -89,7 +86,8 @@ def test_one_task_a_scene_and_many_in_any_order_give_the_same_bytes(to_map: Any,
     work(whole)
     work(cut, random.Random(3))
     found = tables(whole)
-    assert set(found) == {"merge a and 1 more", "merge y"} and found == tables(cut)
+    assert set(found) == {"merge a and 1 more", "merge y", *LAYERS}
+    assert [name for name, content in tables(cut).items() if content != found[name]] == []
     assert states(whole) == states(cut) == {"a": "mapped", "b": "mapped", "x": "rejected", "y": "mapped"}
     told = results(whole, "merge")["merge a and 1 more"]
     assert told["instances"] == sum(one["instances"] for one in told["scenes"]) > 10
@@ -115,7 +113,7 @@ def test_more_scenes_remake_only_the_group_they_join(to_map: Any, tmp_path: Path
     work(planned(to_map, listed, tmp_path / "out"))
     listed.write_text(f"{scenes}/y.tif\n{scenes}/b.tif\n{scenes}/a.tif\n")
     more = planned(to_map, listed, tmp_path / "out")
-    assert [cell.label for cell in more.todo] == ["map b", "merge a and 1 more"]
+    assert [cell.label for cell in more.todo] == ["map b", "merge a and 1 more", "publish"]
     assert {cell.label for cell in more.cells if cell.id in more.done} == {"map a", "map y", "merge y"}
 
 
@@ -125,9 +123,9 @@ def test_a_lost_or_damaged_file_of_pieces_is_mapped_again_with_all_that_is_made_
     plan = planned(to_map, to_map.scenes("a"), tmp_path / "out")
     work(plan)
     before = tables(plan)
-    block, merge = plan.cells
+    block, merge, _ = plan.cells
     plan.paths.cell(block.id).pieces.unlink()
-    assert [cell.label for cell in plan_again(plan.config, plan.paths).todo] == ["map a", "merge a"]
+    assert [cell.label for cell in plan_again(plan.config, plan.paths).todo] == ["map a", "merge a", "publish"]
     work(planned(to_map, to_map.scenes("a"), tmp_path / "out"))
     content = bytearray(plan.paths.cell(block.id).pieces.read_bytes())
     content[60] ^= 1
@@ -135,7 +133,7 @@ def test_a_lost_or_damaged_file_of_pieces_is_mapped_again_with_all_that_is_made_
     plan.paths.cell(merge.id).record.unlink()
     assert runner.run("merge", plan.paths.root, merge.id) == 2
     again = planned(to_map, to_map.scenes("a"), tmp_path / "out")
-    assert [cell.label for cell in again.todo] == ["map a", "merge a"]
+    assert [cell.label for cell in again.todo] == ["map a", "merge a", "publish"]
     work(again)
     assert tables(again) == before
 
@@ -143,11 +141,11 @@ def test_a_lost_or_damaged_file_of_pieces_is_mapped_again_with_all_that_is_made_
 def test_a_failed_block_is_named_and_leaves_its_scene_out_until_it_is_mapped(to_map: Any, tmp_path: Path) -> None:
     plan = planned(to_map, to_map.scenes("ab"), tmp_path / "out")
     prepare(plan)
-    first, second, merge = plan.cells
+    first, second, merge, publish = plan.cells
     assert runner.run("map", plan.paths.root, first.id) == 0
     assert runner.run("merge", plan.paths.root, merge.id) == 0
     assert states(plan) == {"a": "mapped", "b": "failed"}
-    assert [cell.id for cell in plan_again(plan.config, plan.paths).todo] == [second.id, merge.id]
+    assert [cell.id for cell in plan_again(plan.config, plan.paths).todo] == [second.id, merge.id, publish.id]
     work(planned(to_map, to_map.scenes("ab"), tmp_path / "out"))
     assert states(plan) == {"a": "mapped", "b": "mapped"}
 
@@ -212,7 +210,8 @@ def test_launch_map_maps_names_what_it_cannot_use_and_has_nothing_to_do_when_run
     assert facts["finished"] and [one["state"] for one in facts["cells"]] == ["done"] * len(facts["cells"])
     assert next(one["metric"] for one in facts["cells"] if one["label"] == "map x").startswith("rejected: x.tif")
     again = launch(*line)
-    assert again.returncode == 0 and "nothing to do, all 4 cells are done" in again.stdout
+    assert f"layers: {out}/layers" in done.stdout and (out / "layers" / "map.gpkg").is_file()
+    assert again.returncode == 0 and "nothing to do, all 5 cells are done" in again.stdout
     assert read_json(out / "scenes.json") is not None
 
 
@@ -220,7 +219,7 @@ def test_what_would_be_done_is_shown_without_writing_and_prepared_for_the_templa
     out = tmp_path / "a map's $HOME"
     answer = launch("map", to_map.scenes("ax"), "--model", to_map.model, "--out", out, "--plan", "--json")
     assert answer.returncode == 0 and not out.exists(), answer.stderr
-    assert [one["todo"] for one in json.loads(answer.stdout)["stages"]] == [2, 2]
+    assert [one["todo"] for one in json.loads(answer.stdout)["stages"]] == [2, 2, 1]
     plan = planned(to_map, to_map.scenes("ax"), out, "site.max_array=2", "map.block_px=64")
     given = f"RTSHPC_RUN={shlex.quote(str(out))} RTSHPC_STAGE"
     assert by_hand(plan) == [
@@ -228,10 +227,12 @@ def test_what_would_be_done_is_shown_without_writing_and_prepared_for_the_templa
         f"{given}=map RTSHPC_FIRST=2 sbatch --array=0-1%2 slurm/map.sbatch",
         f"{given}=map RTSHPC_FIRST=4 sbatch --array=0-0%2 slurm/map.sbatch",
         f"{given}=merge sbatch --array=0-1%2 slurm/map.sbatch",
+        f"{given}=publish sbatch --array=0-0%2 slurm/map.sbatch",
     ]
 
 
 def test_merges_wait_for_the_end_of_all_blocks_however_they_end(to_map: Any, tmp_path: Path) -> None:
     plan = planned(to_map, to_map.scenes("aby"), tmp_path / "out")
-    blocks, merges = arrays(plan.todo, {}, 1000)
+    blocks, merges, publish = arrays(plan.todo, {}, 1000)
     assert (len(blocks.cells), len(merges.cells), merges.dependency({0: "7"})) == (3, 2, "afterany:7")
+    assert publish.dependency({0: "7", 1: "8"}) == "afterany:8"

@@ -18,7 +18,7 @@ from rtshpc.core.load import read_run_config
 from rtshpc.core.mapping.cells import map_cells
 from rtshpc.core.mapping.ground import MapScene, Seen, folders_of, read_frozen, write_frozen
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import read_plan
+from rtshpc.core.records import read_plan, read_record
 from rtshpc.core.scenes import Scene, scene_fingerprints
 from rtshpc.hpc.container import command
 from rtshpc.launch.plan.sweep import Plan, borrowed, plan_in
@@ -48,6 +48,15 @@ class MapPlan(Plan):
         """Freeze the scenes, and keep the hashes of their files."""
         write_frozen(self.paths.frozen, self.scenes)
         scene_fingerprints(self.config.data, [one.scene for one in self.scenes], self.paths.fingerprints)
+
+    def not_mapped(self) -> list[str]:
+        """The scenes that the merges left out, and why, a line each."""
+        merges = [read_record(self.paths.cell(cell.id).record) for cell in self.cells if cell.stage == "merge"]
+        scenes: list[dict[str, Any]] = [
+            one for record in merges if record is not None for one in record.results["scenes"]
+        ]
+        lost = [one for one in scenes if one["state"] != "mapped"]
+        return sorted(f"{one['state']}: {one['scene']}: {one['reason']}: {one['detail']}" for one in lost)
 
     def refuse_other_data(self) -> None:
         """Raise RunError where the folder holds a sweep, or was mapped with other weights."""
