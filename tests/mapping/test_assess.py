@@ -61,7 +61,7 @@ def test_the_figures_are_those_of_counting_cells(seed: int, least: float, limite
     source = mapped(one, grounds=[("", known)] if limited else None)
     score = assess(source, features(other), features([ignored]) if hidden else None, least)[WHOLE].figures()
     for name, value in counted(one, other, known - ignored, least).items():
-        assert score[name] == pytest.approx(value, rel=1e-6), name
+        assert score[name] == pytest.approx(value, rel=1e-5, abs=1e-3), name
 
 
 def test_shares_are_of_what_is_there_and_empty_sides_have_none() -> None:
