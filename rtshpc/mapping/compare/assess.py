@@ -17,7 +17,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rtshpc.mapping import features as table
-from rtshpc.mapping.compare.match import Shapes, areal, best_pairs, common_projection, flat, overlaps
+from rtshpc.mapping.compare.match import ROUNDING, Shapes, areal, best_pairs, common_projection, flat, overlaps
 from rtshpc.mapping.compare.sources import Source, sites_of
 from rtshpc.mapping.features import Features
 
@@ -148,7 +148,7 @@ def _side(features: Features, projection: str, known: Any | None, grounds: dict[
         cut = np.flatnonzero(~shapely.covers(known, shapes))
         parts[cut] = [areal(shape) for shape in shapely.intersection(shapes[cut], known)]
     area = shapely.area(parts)
-    counts = (area > 0) & (area >= LEAST_KNOWN * shapely.area(shapes))
+    counts = (area > 0) & (area >= (LEAST_KNOWN - ROUNDING) * shapely.area(shapes))
     if not grounds:
         return _Side(parts, counts, np.array([*sites_of(features), None], np.object_)[:-1])
     shares = np.zeros((len(grounds), len(shapes)))

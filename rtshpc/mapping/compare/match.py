@@ -10,9 +10,12 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from rtshpc.geo.crs import LONLAT
 from rtshpc.mapping.attributes import equal_area, moved
 from rtshpc.mapping.features import Features
 
+ROUNDING = 1e-6
+"""What a ratio of areas may lose on its way through projections: a limit that is just met stays met."""
 Shapes = NDArray[np.object_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -41,7 +44,7 @@ def common_projection(tables: Sequence[Features]) -> str:
         places: Any = shapely.centroid(features.geometry[~shapely.is_missing(features.geometry)])
         if len(places):
             return equal_area(features.crs_wkt, places[0].x, places[0].y)
-    return equal_area("OGC:CRS84", 0, 90)
+    return equal_area(LONLAT, 0, 90)
 
 
 def flat(geometry: Any, crs_wkt: str, projection: str) -> Shapes:
@@ -79,7 +82,7 @@ def best_pairs(
     found: Overlaps, least: float, rank: Callable[[int, int], Any] = lambda one, other: (one, other)
 ) -> list[tuple[int, int]]:
     """Pairs with an IoU of at least `least`, each member in one only: the best pair first, `rank` between equal ones."""
-    enough = np.flatnonzero(found.iou >= least).tolist()
+    enough = np.flatnonzero(found.iou >= least - ROUNDING).tolist()
     facts = {at: (int(found.one[at]), int(found.other[at])) for at in enough}
     taken: tuple[set[int], set[int]] = (set(), set())
     pairs: list[tuple[int, int]] = []

@@ -23,7 +23,7 @@ from rtshpc.core.errors import DataError
 from rtshpc.mapping import features as table
 from rtshpc.mapping.attributes import ground_measures
 from rtshpc.mapping.catalog import times
-from rtshpc.mapping.compare.match import Shapes, common_projection, flat, overlaps
+from rtshpc.mapping.compare.match import ROUNDING, Shapes, common_projection, flat, overlaps
 from rtshpc.mapping.compare.sources import Source, words
 from rtshpc.mapping.features import Features
 from rtshpc.mapping.layers import in_one_crs
@@ -70,11 +70,12 @@ class _Book:
         self.facts.append((number, change, earlier, growth, years))
 
 
-def track(sources: Sequence[Source]) -> Features:
+def track(sources: Sequence[Source], least_share: float = LEAST_SHARE) -> Features:
     """One row a slump and date, by track and date.
 
     Args:
         sources: maps with the columns `date` and, as maps have it, `area_m2`.
+        least_share: common area of a slump at two dates over that of the smaller.
 
     Returns:
         The instances with the columns `track`, `year` (with decimals), `change` (first, new, same, merged, split, vanished),
@@ -95,7 +96,11 @@ def track(sources: Sequence[Source]) -> Features:
     before: Any = shapely.Polygon()
     for date in dates:
         rows = np.flatnonzero(features[table.DATE] == date)
-        live = _go_on(features, shapes, years, rows, live, before, book)
+        met = overlaps(shapes[[one.row for one in live]], shapes[rows])
+        enough = met.share >= least_share - ROUNDING
+        links = list(zip(met.one[enough].tolist(), met.other[enough].tolist(), strict=True))
+        clusters = _clusters(len(live), len(rows), links)
+        live = _go_on(features[table.AREA], years, rows, clusters, live, _covered(before, shapes[rows]), book)
         if date in grounds:
             _miss(shapes, live, set(rows.tolist()), date, grounds[date])
             before = shapely.union(before, grounds[date])
@@ -141,31 +146,35 @@ def _grounds(sources: Sequence[Source], projection: str) -> dict[str, Any]:
 
 
 def _go_on(
-    features: Features,
-    shapes: Shapes,
+    area: NDArray[np.float64],
     years: NDArray[np.float64],
     rows: NDArray[np.int64],
+    clusters: Sequence[tuple[list[int], list[int]]],
     live: list[_Track],
-    before: Any,
+    known: NDArray[np.bool_],
     book: _Book,
 ) -> list[_Track]:
-    """The tracks after a date with instances in `rows`, which are entered into the book."""
-    area = features[table.AREA]
-    met = overlaps(shapes[[one.row for one in live]], shapes[rows])
-    enough = met.share >= LEAST_SHARE
-    seen = _covered(before, shapes[rows])
+    """The tracks after a date, whose instances are entered into the book.
+
+    Args:
+        area: of all instances.
+        years: of all instances.
+        rows: the instances of the date.
+        clusters: which of `live` and of `rows` are one.
+        live: the tracks so far.
+        known: which of `rows` lie on ground that was mapped before.
+        book: what is told of each instance.
+    """
     after: list[_Track] = []
     count = max((number for number, *_ in book.facts), default=0)
     continued: set[int] = set()
-    for olds, news in _clusters(
-        len(live), len(rows), list(zip(met.one[enough].tolist(), met.other[enough].tolist(), strict=True))
-    ):
+    for olds, news in clusters:
         if not news:
             continue
         largest, *others = sorted((int(rows[new]) for new in news), key=lambda row: (-area[row], row))
         if not olds:
             count += 1
-            book.add(largest, count, NEW if seen[news[0]] else FIRST)
+            book.add(largest, count, NEW if known[news[0]] else FIRST)
             after.append(_Track(count, largest))
             continue
         continued.update(olds)
@@ -204,7 +213,7 @@ def _clusters(ones: int, others: int, pairs: Sequence[tuple[int, int]]) -> list[
 
 
 def _covered(ground: Any, shapes: Shapes) -> NDArray[np.bool_]:
-    return shapely.area(shapely.intersection(shapes, ground)) >= LEAST_MAPPED * shapely.area(shapes)
+    return shapely.area(shapely.intersection(shapes, ground)) >= (LEAST_MAPPED - ROUNDING) * shapely.area(shapes)
 
 
 def _miss(shapes: Shapes, live: Sequence[_Track], seen: set[int], date: str, ground: Any) -> None:
