@@ -16,7 +16,7 @@ from rtshpc.core.records import replacing
 from rtshpc.core.scenes import Scene
 from rtshpc.geo.align import upright
 from rtshpc.geo.crs import trusted_grid
-from rtshpc.geo.raster import find_band, open_raster, rejecting
+from rtshpc.geo.raster import find_bands, open_raster, rejecting
 from rtshpc.report.gallery import stretch
 
 LONGEST_PX = 400
@@ -41,7 +41,7 @@ def quicklook(scene: Scene, data: DataConfig) -> bytes:
     path = scene.files.get(data.primary, "") if modality.file else scene.image
     bands = modality.bands or Expression(modality.expression).names
     with rejecting(path), open_raster(path, data.max_pixels) as dataset:
-        indexes = [find_band(dataset, band, () if modality.file else data.band_names) for band in bands]
+        indexes = list(find_bands(dataset, bands, () if modality.file else data.band_names))
         shape = picture_size(dataset.height, dataset.width)
         pixels = dataset.read(indexes, out_shape=(len(indexes), *shape))
         valid = (dataset.read_masks(indexes, out_shape=(len(indexes), *shape)) > 0).all(axis=0)
