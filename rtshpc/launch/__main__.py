@@ -17,10 +17,26 @@ from rtshpc.launch.commands.map import map_
 from rtshpc.launch.commands.report import report
 from rtshpc.launch.commands.status import status
 from rtshpc.launch.commands.sweep import plan, sweep
-from rtshpc.launch.commands.tools import check, params, weights
+from rtshpc.launch.commands.tools import assess, check, params, track, weights
 from rtshpc.launch.commands.usage import usage
 
-COMMANDS = (sweep, plan, map_, status, logs, cancel, retry, usage, report, check, params, weights, doctor)
+COMMANDS = (
+    sweep,
+    plan,
+    map_,
+    status,
+    logs,
+    cancel,
+    retry,
+    usage,
+    report,
+    track,
+    assess,
+    check,
+    params,
+    weights,
+    doctor,
+)
 
 
 class _InOrder(click.Group):

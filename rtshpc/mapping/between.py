@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 
 from rtshpc.geo.crs import LONLAT
 from rtshpc.mapping import features as table
 from rtshpc.mapping.attributes import equal_area, ground_measures, moved
+from rtshpc.mapping.compare.match import Shapes, areal, best_pairs, flat, overlaps
 from rtshpc.mapping.features import Features
 from rtshpc.mapping.layers import to_degrees
 
@@ -105,34 +105,22 @@ def _meetings(sheets: Sequence[Sheet]) -> list[_Meeting]:
 
 
 def _ground(sheet: Sheet, projection: str) -> Any:
-    return shapely.make_valid(moved([sheet.ground], sheet.features.crs_wkt, projection)[0])
+    return flat([sheet.ground], sheet.features.crs_wkt, projection)[0]
 
 
 def _same(sheets: Sequence[Sheet], meeting: _Meeting) -> list[tuple[Row, Row]]:
     """Pairs of rows that are one instance, each row in one pair at most."""
-    shapes: list[NDArray[np.object_]] = []
+    shapes: list[Shapes] = []
+    shapely.prepare(meeting.common)
     for number in meeting.numbers:
         features = sheets[number].features
-        parts = shapely.make_valid(moved(features.geometry, features.crs_wkt, meeting.projection))
-        shapely.prepare(meeting.common)
-        cut = ~shapely.covers(meeting.common, parts)
+        parts = flat(features.geometry, features.crs_wkt, meeting.projection)
+        cut = np.flatnonzero(~shapely.covers(meeting.common, parts))
         parts[cut] = shapely.intersection(parts[cut], meeting.common)
         shapes.append(parts)
-    a, b = shapely.STRtree(shapes[1]).query(shapes[0], predicate="intersects")
-    shared = shapely.area(shapely.intersection(shapes[0][a], shapes[1][b]))
-    either = shapely.area(shapes[0][a]) + shapely.area(shapes[1][b]) - shared
-    iou = np.divide(shared, either, out=np.zeros(len(a)), where=either > 0)
     one, other = meeting.numbers
-    pairs: list[tuple[Row, Row]] = []
-    taken: set[Row] = set()
-    enough = np.flatnonzero(iou >= LEAST_IOU)
-    ranks = {at: (-iou[at], _rank(sheets, (one, a[at])), _rank(sheets, (other, b[at]))) for at in enough.tolist()}
-    for at in sorted(ranks, key=ranks.__getitem__):
-        pair = (one, int(a[at])), (other, int(b[at]))
-        if taken.isdisjoint(pair):
-            taken.update(pair)
-            pairs.append(pair)
-    return pairs
+    pairs = best_pairs(overlaps(*shapes), LEAST_IOU, lambda a, b: (_rank(sheets, (one, a)), _rank(sheets, (other, b))))
+    return [((one, a), (other, b)) for a, b in pairs]
 
 
 def _clusters(pairs: Sequence[tuple[Row, Row]]) -> list[list[Row]]:
@@ -180,20 +168,17 @@ def _beyond(sheets: Sequence[Sheet], number: int, row: int, others: Sequence[Row
     features = sheets[number].features
     middle: Any = shapely.centroid(features.geometry[row])
     projection = equal_area(features.crs_wkt, middle.x, middle.y)
-    whole = shapely.make_valid(moved([features.geometry[row]], features.crs_wkt, projection)[0])
+    whole = flat([features.geometry[row]], features.crs_wkt, projection)[0]
     known = _ground(sheets[number], projection)
     before = whole.area
     for other, at in others:
         source = sheets[other].features
-        shape = shapely.make_valid(moved([source.geometry[at]], source.crs_wkt, projection)[0])
-        rest = shapely.difference(shape, known)
-        parts = [part for part in shapely.get_parts(rest) if part.area > 0]
-        whole = shapely.union_all([whole, *parts])
+        shape = flat([source.geometry[at]], source.crs_wkt, projection)[0]
+        whole = shapely.union(whole, areal(shapely.difference(shape, known)))
         known = shapely.union(known, _ground(sheets[other], projection))
     if whole.area <= before * (1 + 1e-9):
         return None
-    parts = [part for part in shapely.get_parts(whole) if part.geom_type == "Polygon" and part.area > 0]
-    return moved([parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)], projection, features.crs_wkt)[0]
+    return moved([areal(whole)], projection, features.crs_wkt)[0]
 
 
 def _without(features: Features, rows: set[int]) -> Features:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.errors import RunError
@@ -22,6 +23,7 @@ from rtshpc.core.records import Progress, read_json, read_lines, read_record
 from rtshpc.data.shard import file_sha256
 from rtshpc.geo.crs import LONLAT
 from rtshpc.mapping import features as table
+from rtshpc.mapping.between import Sheet, join
 from rtshpc.mapping.catalog import Entry, write_catalog, write_mosaics
 from rtshpc.mapping.features import Features, read_features
 from rtshpc.mapping.layers import (
@@ -29,6 +31,7 @@ from rtshpc.mapping.layers import (
     Outcome,
     footprints,
     in_one_crs,
+    outline_of,
     write_geopackage,
     write_layer,
     write_scores,
@@ -60,8 +63,9 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     """Write `layers/` and the page from whatever the merges left; what is missing is named in both.
 
     Returns:
-        `scenes` (how many in each state), `instances`, `area_m2`, `crs` of the whole layer, `notes`, `threshold` (score, f1
-        in percent, source; null where the model's run does not say), `page`, `files` and `inputs`.
+        `scenes` (how many in each state), `instances`, `joined` (how many fewer they are than the merges', for they were
+        in maps on several grids), `area_m2`, `crs` of the whole layer, `notes`, `threshold` (score, f1 in percent, source;
+        null where the model's run does not say), `page`, `files` and `inputs`.
 
     Raises:
         RunError: a merge's table is missing or damaged, or a file does not read back as it was written.
@@ -70,7 +74,9 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     groups = [_group(need, paths) for need in cell.needs]
     outcomes = sorted((one for group in groups for one in group.outcomes), key=lambda one: one.scene)
     notes = sorted({note for group in groups for note in group.notes})
-    tables = [group.features for group in groups if group.features is not None]
+    sheets = [_sheet(group.outcomes, group.features) for group in groups if group.features is not None]
+    tables = join(sheets)
+    joined = sum(len(sheet.features) for sheet in sheets) - sum(map(len, tables))
     whole = in_one_crs(tables) if tables else _nothing()
     counts = Counter(whole[table.SCENE])
     ground = footprints(outcomes, counts)
@@ -96,6 +102,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         "inputs": inputs,
         "scenes": dict(Counter(one.state for one in outcomes)),
         "instances": len(whole),
+        "joined": joined,
         "area_m2": float(np.nansum(whole[table.AREA])),
         "crs": whole.crs_wkt,
         "notes": [*notes, *more],
@@ -141,6 +148,12 @@ def _outcome(state: Mapping[str, Any]) -> Outcome:
     ground = None if state["ground"] is None else Ground.model_validate(state["ground"])
     words = {key: str(state[key]) for key in ("scene", "site", "date", "image", "state", "reason", "detail")}
     return Outcome(ground=ground, valid_px=int(state["valid_px"]), **words)
+
+
+def _sheet(outcomes: Sequence[Outcome], features: Features) -> Sheet:
+    """A group's instances with the ground on which they would have been found."""
+    grounds = [one.ground for one in outcomes if one.state == MAPPED and one.ground is not None]
+    return Sheet(outcomes[0].date, shapely.union_all([outline_of(ground) for ground in grounds]), features)
 
 
 def _nothing() -> Features:

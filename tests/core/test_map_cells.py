@@ -146,10 +146,11 @@ def test_a_cell_is_another_one_exactly_where_its_result_can_be(changes: dict[str
 def test_a_scene_that_changes_remakes_its_cells_and_no_others() -> None:
     before = {cell.id for cell in cells(scene("a", 0), scene("b", 1))}
     changed = [cell for cell in cells(scene("a", 0), scene("b", 1, fingerprint="2")) if cell.id not in before]
-    assert [cell.label for cell in changed] == ["map b", "merge b"]
+    assert [cell.label for cell in changed] == ["map b", "merge b", "publish"]
     assert {cell.label for cell in cells(scene("a", 0), scene("b", 1, height=8)) if cell.id not in before} == {
         "map b",
         "merge b",
+        "publish",
     }
 
 
@@ -159,7 +160,7 @@ def record(cell: Cell, paths: RunPaths, **results: Any) -> None:
 
 
 def test_a_merge_is_done_while_what_it_took_is_what_is_there(tmp_path: Path) -> None:
-    paths, (one, two, merge) = RunPaths(tmp_path), cells(scene("a", 0, 2))
+    paths, (one, two, merge, _) = RunPaths(tmp_path), cells(scene("a", 0, 2))
     record(one, paths, pieces=3)
     assert finished(merge, paths) is None
     record(merge, paths, inputs=inputs_of(merge, paths))
@@ -169,7 +170,7 @@ def test_a_merge_is_done_while_what_it_took_is_what_is_there(tmp_path: Path) -> 
 
 
 def test_a_cell_whose_file_is_lost_or_cut_short_is_undone(tmp_path: Path) -> None:
-    paths, (cell, _) = RunPaths(tmp_path), cells(scene("a"))
+    paths, (cell, *_) = RunPaths(tmp_path), cells(scene("a"))
     record(cell, paths, files=[{"file": "pieces.bin", "bytes": 3}])
     assert finished(cell, paths) is None
     paths.cell(cell.id).pieces.write_bytes(b"123")

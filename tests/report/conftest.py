@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import SILENT, Record, read_json, write_json, write_record, write_text
 from rtshpc.report.gallery import draw_picture
 from rtshpc.stages import summarise
+
+# Makers of small rasters and of map runs, and the browser.
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("report", "geo", "mapping")]
 
 FINGERPRINT = "5eed" * 16
 AP50 = {

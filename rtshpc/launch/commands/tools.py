@@ -1,4 +1,4 @@
-"""`check`, `params` and `weights`: tools that need pixels or tensors, so they run as processes where those are installed."""
+"""`check`, `params`, `weights`, `track` and `assess`: tools that need pixels or tensors, so they run as processes where those are installed."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ def params(arguments: tuple[str, ...]) -> int:
 def weights(arguments: tuple[str, ...]) -> int:
     """Say what a file of weights holds, or write it under Detectron2's names: inspect FILE, convert FILE OUT."""
     return _tool("weights", arguments)
+
+
+@click.command(context_settings=PASS_ON, short_help="Link the slumps of several dates.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def track(arguments: tuple[str, ...]) -> int:
+    """Link the slumps of maps of several dates: growth, new, merged, split, vanished; as one table and layer."""
+    return _tool("track", arguments)
+
+
+@click.command(context_settings=PASS_ON, short_help="Compare a map with reference polygons.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def assess(arguments: tuple[str, ...]) -> int:
+    """Compare a map with reference polygons: precision, recall and F1 by instances and by area, per site."""
+    return _tool("assess", arguments)
 
 
 def _tool(name: str, arguments: tuple[str, ...]) -> int:
