@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_lines, read_plan, read_record
@@ -95,6 +96,8 @@ def test_twelve_scenes_of_which_one_is_broken_and_one_task_is_killed_end_with_el
     mapping.lab.wait_until_empty(500)
     assert Counter(mapping.states().values()) == {"mapped": 11, "rejected": 1} and mapping.states()["x"] == "rejected"
     assert mapping.record(victim).attempts == 2
+    ground = parquet.read_table(mapping.paths.layers / "footprints.parquet").to_pylist()
+    assert {row["scene"]: row["state"] for row in ground} == mapping.states() and len(ground) == 12
     facts = run_status(mapping.paths)
     assert facts["finished"], [(cell["label"], cell["state"], cell["error"]) for cell in facts["cells"]]
     jobs = {

@@ -24,8 +24,9 @@ def tables(out: Path) -> dict[str, bytes]:
     paths = RunPaths(out)
     plan = read_plan(paths.plan)
     assert plan is not None
-    merges = [cell for cell in plan["cells"] if cell["stage"] == "merge"]
-    return {cell["label"]: paths.cell(cell["id"]).instances.read_bytes() for cell in merges}
+    merges = {cell["label"]: paths.cell(cell["id"]).instances for cell in plan["cells"] if cell["stage"] == "merge"}
+    layers = {name: paths.layers / name for name in ("slumps.parquet", "footprints.parquet", "map.gpkg")}
+    return {name: path.read_bytes() for name, path in (merges | layers).items()}
 
 
 def tasks(out: Path) -> list[int]:

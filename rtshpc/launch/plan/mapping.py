@@ -83,6 +83,7 @@ def map_plan(config: RunConfig, paths: RunPaths, scenes: Sequence[MapScene] | No
 
     Raises:
         RunError: the scenes are not known.
+        MissingExtra: the library of `model.engine` is missing where stages run in this environment.
     """
     found = read_frozen(paths.frozen) if scenes is None else list(scenes)
     if not found:
@@ -92,6 +93,8 @@ def map_plan(config: RunConfig, paths: RunPaths, scenes: Sequence[MapScene] | No
     cells = map_cells(config, found)
     records = {cell.id: finished(cell, paths) for cell in cells}
     done = {name: record for name, record in records.items() if record is not None}
+    if not config.site.image and any(cell.stage == "map" and cell.id not in done for cell in cells):
+        config.model.require_engine()
     return MapPlan(
         config=config,
         paths=paths,

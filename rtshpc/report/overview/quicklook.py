@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
 
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.modality import Expression
 from rtshpc.core.records import replacing
 from rtshpc.core.scenes import Scene
-from rtshpc.geo.align import upright
+from rtshpc.geo.align import upright, valid_in
 from rtshpc.geo.crs import trusted_grid
-from rtshpc.geo.raster import find_bands, open_raster, rejecting
+from rtshpc.geo.raster import Mask, find_bands, has_mask, invalid, open_raster, rejecting
 from rtshpc.report.gallery import stretch
 
 LONGEST_PX = 400
 _QUALITY = 80
+_LEAST_CACHE = 32 << 20
 
 
 def picture_size(height: int, width: int) -> tuple[int, int]:
@@ -42,12 +48,9 @@ def quicklook(scene: Scene, data: DataConfig) -> bytes:
     bands = modality.bands or Expression(modality.expression).names
     with rejecting(path), open_raster(path, data.max_pixels) as dataset:
         indexes = list(find_bands(dataset, bands, () if modality.file else data.band_names))
-        shape = picture_size(dataset.height, dataset.width)
-        pixels = dataset.read(indexes, out_shape=(len(indexes), *shape))
-        valid = (dataset.read_masks(indexes, out_shape=(len(indexes), *shape)) > 0).all(axis=0)
+        pixels, valid = _decimated(dataset, indexes)
         _, rows, cols = upright(trusted_grid(dataset)[0])
         undeclared = dataset.nodata is None
-    valid &= np.isfinite(pixels).all(axis=0)
     if undeclared or data.missing_value is not None:
         valid &= (pixels != (data.missing_value or 0)).any(axis=0)
     shown = (stretch(pixels, valid) * 255).astype(np.uint8)
@@ -59,6 +62,31 @@ def quicklook(scene: Scene, data: DataConfig) -> bytes:
     if not done:
         raise SceneRejected("unreadable", f"{scene.id}: its picture cannot be packed")
     return packed.tobytes()
+
+
+def _decimated(dataset: DatasetReader, indexes: Sequence[int]) -> tuple[NDArray[Any], Mask]:
+    """Bands at the size of a picture, and where none of them is missing.
+
+    A row of blocks at a time, all bands of it: what is compressed is taken apart once, in a cache of two rows of blocks.
+    """
+    high, wide = picture_size(dataset.height, dataset.width)
+    deep = max(rows for rows, _ in dataset.block_shapes)
+    strips = min(high, math.ceil(dataset.height / deep))
+    cache = _LEAST_CACHE + 2 * dataset.width * deep * sum(np.dtype(kind).itemsize for kind in dataset.dtypes)
+    pixels, valid = list[NDArray[Any]](), list[Mask]()
+    with rasterio.Env(GDAL_NUM_THREADS="1", GDAL_CACHEMAX=cache):
+        for strip in range(strips):
+            first, last = high * strip // strips, high * (strip + 1) // strips
+            top, bottom = (round(row * dataset.height / high) for row in (first, last))
+            window = Window(0, top, dataset.width, bottom - top)  # pyright: ignore[reportCallIssue]
+            pixels.append(dataset.read(indexes, window=window, out_shape=(len(indexes), last - first, wide)))
+            bad = [
+                invalid(band, dataset.nodatavals[index - 1]) for band, index in zip(pixels[-1], indexes, strict=True)
+            ]
+            valid.append(valid_in(bad, np.ones((last - first, wide), np.bool_)))
+            if has_mask(dataset):
+                valid[-1] = valid[-1] & (dataset.read_masks(1, window=window, out_shape=(last - first, wide)) > 0)
+    return np.concatenate(pixels, axis=1), np.concatenate(valid)
 
 
 def write_quicklooks(scenes: Mapping[Path, Scene], data: DataConfig) -> list[str]:
