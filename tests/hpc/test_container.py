@@ -25,7 +25,7 @@ from rtshpc.hpc.container import (
     refuse_start,
     result_versions,
 )
-from rtshpc.hpc.executor import become
+from rtshpc.hpc.executor import become, task_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -201,6 +201,19 @@ def test_a_task_does_not_start_in_an_image_that_was_replaced_since_and_says_so_w
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     failure = json.loads((tmp_path / "cells" / "cell" / "failure.json").read_text())
     assert failure["kind"] == "RunError" and "was replaced" in failure["error"]
+
+
+def test_the_scratch_folder_of_a_node_is_seen_in_the_image(
+    tmp_path: Path, apptainer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    for folder in (run, scratch):
+        folder.mkdir()
+    monkeypatch.setenv("NODE_SCRATCH", str(scratch))
+    image = make_image(tmp_path / "r.sif", versions())
+    config = load_run("demo", [f"site.image={image}", "site.scratch=NODE_SCRATCH"])
+    write_run_config(run / "config.yaml", config, {"image": image_facts(config.site)})
+    assert str(scratch) in {bind["source"] for bind in binds(task_command("pretrain", str(run), "aa"))}
 
 
 def test_a_clone_in_place_of_the_images_code_must_give_the_same_results_and_marks_every_record(

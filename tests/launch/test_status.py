@@ -304,6 +304,20 @@ def test_a_retry_for_memory_gives_twice_of_it_and_names_the_way_out_for_a_gpus(p
         with_more_memory(plan.config, run_status(plan.paths)["cells"], plan.paths)
 
 
+def test_no_more_memory_is_asked_for_than_a_node_has(plan: Plan, programs: Any) -> None:
+    cell, _ = measured(plan)
+    queue(programs, f"{job_of(plan, cell)}|OUT_OF_MEMORY|OutOfMemory|2026-01-03T00:00:00|1:00|8:00:00|n")
+    rows = run_status(plan.paths)["cells"]
+    given: list[int] = []
+    for most in (12, 64):
+        site = plan.config.site.model_copy(update={"memory_gb": 8, "node_memory_gb": most})
+        given.append(with_more_memory(plan.config.model_copy(update={"site": site}), rows, plan.paths).site.memory_gb)
+    assert given == [12, 16]
+    whole = plan.config.site.model_copy(update={"memory_gb": 8, "node_memory_gb": 8})
+    with pytest.raises(RunError, match=r"site.memory_gb = 8 is all that a node has"):
+        with_more_memory(plan.config.model_copy(update={"site": whole}), rows, plan.paths)
+
+
 def test_a_training_that_ran_out_of_a_gpus_memory_takes_half_as_many_chips_at_once_and_stays_the_same_cell(
     plan: Plan, programs: Any
 ) -> None:
