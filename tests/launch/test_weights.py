@@ -20,7 +20,8 @@ from rtshpc.launch.submit import prepare
 from rtshpc.model.detector import build_detector
 from rtshpc.model.imports.export import export
 from rtshpc.model.imports.files import read_weights
-from rtshpc.stages import __main__ as stages, weights
+from rtshpc.stages import __main__ as stages
+from rtshpc.stages.tools import weights
 
 from .conftest import Launcher
 
