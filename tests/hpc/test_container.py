@@ -129,7 +129,7 @@ def test_a_launcher_without_apptainer_takes_an_image_that_gives_the_same_results
     ("changed", "told"),
     [
         ({"preprocess": 1}, f"preprocess 1 (here {RESULT_VERSION['preprocess']})"),
-        ({"measure": None, "map": 3}, f"measure none (here {RESULT_VERSION['measure']}), map 3 (here none)"),
+        ({"measure": None, "thaw": 3}, f"measure none (here {RESULT_VERSION['measure']}), thaw 3 (here none)"),
     ],
 )
 def test_an_image_that_gives_other_results_is_refused_in_one_line(
