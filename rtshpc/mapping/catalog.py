@@ -91,7 +91,7 @@ def write_catalog(path: Path, name: str, title: str, entries: Sequence[Entry], f
     """
     items = [_item(entry) for entry in sorted(entries, key=lambda entry: entry.outcome.scene)]
     known = [times(entry.outcome.date) or _EVER for entry in entries] or [_EVER]
-    boxes = [list(item.bbox or ()) for item in items] or [[-180.0, -90.0, 180.0, 90.0]]
+    boxes = [list(item.bbox) for item in items if item.bbox] or [[-180.0, -90.0, 180.0, 90.0]]
     collection = pystac.Collection(
         id=name,
         description=f"Retrogressive thaw slumps mapped in {len(items)} scenes.",
@@ -117,13 +117,13 @@ def write_catalog(path: Path, name: str, title: str, entries: Sequence[Entry], f
 
 def _item(entry: Entry) -> pystac.Item:
     outcome, shape, ground = entry.outcome, footprint(entry.outcome), entry.outcome.ground
-    assert shape is not None and ground is not None
+    assert ground is not None
     start, end = times(outcome.date) or _EVER
     spelled = {"start_datetime": _spell(start), "end_datetime": _spell(end)} if start != end else {}
     item = pystac.Item(
         id=outcome.scene,
-        geometry=shapely.geometry.mapping(shape),
-        bbox=_box(shape),
+        geometry=None if shape is None else shapely.geometry.mapping(shape),
+        bbox=None if shape is None else _box(shape),
         datetime=None if spelled else start,
         properties={
             **spelled,
