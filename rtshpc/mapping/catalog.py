@@ -236,9 +236,10 @@ def write_mosaics(name: Callable[[int], Path], images: Sequence[str]) -> tuple[l
                 if b or d or a < 0 or e > 0:
                     notes.append(f"{image}: no part of a virtual raster: it is rotated, mirrored or south-up")
                     continue
-                bands = [f"{dtype} {value}" for dtype, value in zip(dataset.dtypes, dataset.nodatavals, strict=True)]
+                facts = (dataset.dtypes, dataset.nodatavals, dataset.descriptions, dataset.scales, dataset.offsets)
                 wkt = dataset.crs.to_wkt()
-                groups.setdefault((crs_facts(wkt).name, wkt, *bands), []).append(image)
+                key = (crs_facts(wkt).name, wkt, *(str(band) for band in zip(*facts, strict=True)))
+                groups.setdefault(key, []).append(image)
         except SceneRejected as error:
             notes.append(f"{image}: no part of a virtual raster: {error}")
     written: list[Path] = []
@@ -248,14 +249,18 @@ def write_mosaics(name: Callable[[int], Path], images: Sequence[str]) -> tuple[l
         try:
             with replacing(path) as temporary:
                 gdal("BuildVRT", str(temporary), sources)
-                _check_mosaic(temporary, path, sources)
+                _finish_mosaic(temporary, path, sources)
         except MissingExtra as error:
             return [], [*notes, f"no virtual rasters: {error}"]
         written.append(path)
     return written, notes
 
 
-def _check_mosaic(temporary: Path, path: Path, sources: Sequence[str]) -> None:
-    with rasterio.open(temporary) as dataset:
-        if len(set(dataset.files) - {str(temporary)}) < len(sources):
-            raise RunError(f"{path}: {len(sources)} rasters were given, {len(dataset.files) - 1} are in it")
+def _finish_mosaic(temporary: Path, path: Path, sources: Sequence[str]) -> None:
+    """Give the bands the names they have in the sources, which GDAL drops; all sources must be there."""
+    with rasterio.open(sources[0]) as first, rasterio.open(temporary, "r+") as dataset:
+        taken = len(set(dataset.files) - {str(temporary)})
+        if taken < len(sources):
+            raise RunError(f"{path}: {len(sources)} rasters were given, {taken} are in it")
+        if any(first.descriptions):
+            dataset.descriptions = first.descriptions
