@@ -91,7 +91,7 @@ def write_catalog(path: Path, name: str, title: str, entries: Sequence[Entry], f
     """
     items = [_item(entry) for entry in sorted(entries, key=lambda entry: entry.outcome.scene)]
     known = [times(entry.outcome.date) or _EVER for entry in entries] or [_EVER]
-    boxes = [list(item.bbox or ()) for item in items] or [[-180.0, -90.0, 180.0, 90.0]]
+    boxes = [list(item.bbox) for item in items if item.bbox] or [[-180.0, -90.0, 180.0, 90.0]]
     collection = pystac.Collection(
         id=name,
         description=f"Retrogressive thaw slumps mapped in {len(items)} scenes.",
@@ -117,13 +117,13 @@ def write_catalog(path: Path, name: str, title: str, entries: Sequence[Entry], f
 
 def _item(entry: Entry) -> pystac.Item:
     outcome, shape, ground = entry.outcome, footprint(entry.outcome), entry.outcome.ground
-    assert shape is not None and ground is not None
+    assert ground is not None
     start, end = times(outcome.date) or _EVER
     spelled = {"start_datetime": _spell(start), "end_datetime": _spell(end)} if start != end else {}
     item = pystac.Item(
         id=outcome.scene,
-        geometry=shapely.geometry.mapping(shape),
-        bbox=_box(shape),
+        geometry=None if shape is None else shapely.geometry.mapping(shape),
+        bbox=None if shape is None else _box(shape),
         datetime=None if spelled else start,
         properties={
             **spelled,
@@ -236,9 +236,10 @@ def write_mosaics(name: Callable[[int], Path], images: Sequence[str]) -> tuple[l
                 if b or d or a < 0 or e > 0:
                     notes.append(f"{image}: no part of a virtual raster: it is rotated, mirrored or south-up")
                     continue
-                bands = [f"{dtype} {value}" for dtype, value in zip(dataset.dtypes, dataset.nodatavals, strict=True)]
+                facts = (dataset.dtypes, dataset.nodatavals, dataset.descriptions, dataset.scales, dataset.offsets)
                 wkt = dataset.crs.to_wkt()
-                groups.setdefault((crs_facts(wkt).name, wkt, *bands), []).append(image)
+                key = (crs_facts(wkt).name, wkt, *(str(band) for band in zip(*facts, strict=True)))
+                groups.setdefault(key, []).append(image)
         except SceneRejected as error:
             notes.append(f"{image}: no part of a virtual raster: {error}")
     written: list[Path] = []
@@ -248,14 +249,18 @@ def write_mosaics(name: Callable[[int], Path], images: Sequence[str]) -> tuple[l
         try:
             with replacing(path) as temporary:
                 gdal("BuildVRT", str(temporary), sources)
-                _check_mosaic(temporary, path, sources)
+                _finish_mosaic(temporary, path, sources)
         except MissingExtra as error:
             return [], [*notes, f"no virtual rasters: {error}"]
         written.append(path)
     return written, notes
 
 
-def _check_mosaic(temporary: Path, path: Path, sources: Sequence[str]) -> None:
-    with rasterio.open(temporary) as dataset:
-        if len(set(dataset.files) - {str(temporary)}) < len(sources):
-            raise RunError(f"{path}: {len(sources)} rasters were given, {len(dataset.files) - 1} are in it")
+def _finish_mosaic(temporary: Path, path: Path, sources: Sequence[str]) -> None:
+    """Give the bands the names they have in the sources, which GDAL drops; all sources must be there."""
+    with rasterio.open(sources[0]) as first, rasterio.open(temporary, "r+") as dataset:
+        taken = len(set(dataset.files) - {str(temporary)})
+        if taken < len(sources):
+            raise RunError(f"{path}: {len(sources)} rasters were given, {taken} are in it")
+        if any(first.descriptions):
+            dataset.descriptions = first.descriptions

@@ -92,7 +92,7 @@ def footprints(outcomes: Sequence[Outcome], instances: Mapping[str, int]) -> Fea
 
 
 def footprint(outcome: Outcome) -> Any | None:
-    """A scene's outline in degrees; None where its place is not known."""
+    """A scene's outline in degrees; None where it has no place there."""
     return None if outcome.ground is None else to_degrees([outline_of(outcome.ground)], outcome.ground.crs_wkt)[0]
 
 
@@ -116,9 +116,13 @@ def in_one_crs(tables: Sequence[Features]) -> Features:
 
 
 def to_degrees(geometry: Any, crs_wkt: str) -> NDArray[np.object_]:
-    """Shapes in longitude and latitude (WGS84), -180 to 180; what crosses longitude 180 becomes two parts, as in RFC 7946."""
+    """Shapes in longitude and latitude (WGS84), -180 to 180; what crosses longitude 180 becomes two parts, as in RFC 7946.
+
+    What lies off the Earth (the corners of a satellite's view) has no place in degrees: None.
+    """
     shapes = moved(geometry, crs_wkt, LONLAT)
-    west, _, east, _ = shapely.bounds(shapes).reshape(-1, 4).T
+    shapes[~np.isfinite(shapely.bounds(shapes).reshape(-1, 4)).all(axis=1)] = None
+    west, _, east, _ = np.nan_to_num(shapely.bounds(shapes).reshape(-1, 4)).T
     for row in np.flatnonzero((east - west > 180) | (east > 180) | (west < -180)):
         shapes[row] = _cut_at_180(shapes[row])
     return shapes

@@ -133,6 +133,7 @@ def _images(folder: Path) -> list[str]:
         "b": {},
         "zone": {"crs": "EPSG:32609"},
         "bands": {"pixels": np.ones((2, 20, 20), np.int16)},
+        "named": {"names": ["red"]},
         "south": {"transform": Affine(10, 0, 500_000, 0, 10, 7_600_000)},
     }
     for name, options in files.items():
@@ -147,7 +148,9 @@ def test_rasters_of_one_kind_share_a_virtual_raster_and_others_are_named(binding
     for path in written:
         with rasterio.open(path) as dataset:
             sources.append(sorted(Path(name).stem for name in dataset.files if name.endswith(".tif")))
-    assert sources == [["a", "b"], ["bands"], ["zone"]]
+    assert sources == [["named"], ["a", "b"], ["bands"], ["zone"]]
+    with rasterio.open(written[0]) as dataset:
+        assert dataset.descriptions == ("red",)
     assert [note.split(": ")[0] for note in notes] == [str(tmp_path / "broken.tif"), str(tmp_path / "south.tif")]
 
 

@@ -133,6 +133,15 @@ def test_what_crosses_the_antimeridian_is_two_parts(epsg: int, left: float, step
     )
 
 
+def test_what_lies_off_the_earth_has_no_place_in_degrees() -> None:
+    view = pyproj.CRS.from_proj4("+proj=geos +h=35785831 +lon_0=-75 +sweep=x +datum=WGS84").to_wkt()
+    shapes = [shapely.box(-1e5, 1e5, 1e5, 2e5), shapely.box(-6e6, -6e6, 6e6, 6e6)]
+    near, off = to_degrees(shapes, view)
+    assert off is None and near.centroid.x == pytest.approx(-75, abs=0.1)
+    rows = in_one_crs([Features(view, shapes, {"score": np.array([0.5, 0.6])}), table(1)])  # pyright: ignore[reportArgumentType]
+    assert shapely.is_missing(rows.geometry).sum() == 1 and len(rows) == 3
+
+
 def test_footprints_name_every_scene_and_why_it_was_left_out(tmp_path: Path) -> None:
     outcomes = [
         outcome("c", 32608, 500_000, 7_600_000, 10),
