@@ -1,4 +1,4 @@
-"""Tool: how well a map agrees with reference polygons; see docs/maps.md."""
+"""Tool: how well a map agrees with reference polygons; see docs/compare.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tool: slumps of several dates as one table and layer; see docs/maps.md."""
+"""Tool: slumps of several dates as one table and layer; see docs/compare.md."""
 
 from __future__ import annotations
 
