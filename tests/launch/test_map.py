@@ -20,11 +20,14 @@ from rtshpc.core.mapping.listing import scenes_to_map
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import read_json, read_record
 from rtshpc.core.scenes import scene_fingerprints
+from rtshpc.hpc.executor import Job
+from rtshpc.launch import schedule
+from rtshpc.launch.display import Display, make_console
 from rtshpc.launch.launch import by_hand
 from rtshpc.launch.plan import MapPlan, arrays, map_plan, plan_again, plan_in
 from rtshpc.launch.plan.model import map_config
 from rtshpc.launch.status import run_status
-from rtshpc.launch.submit import prepare, refuse_other_data
+from rtshpc.launch.submit import Ledger, prepare, refuse_other_data
 from rtshpc.mapping.scenes.survey import survey
 from rtshpc.stages import runner
 
@@ -148,6 +151,31 @@ def test_a_failed_block_is_named_and_leaves_its_scene_out_until_it_is_mapped(to_
     assert [cell.id for cell in plan_again(plan.config, plan.paths).todo] == [second.id, merge.id, publish.id]
     work(planned(to_map, to_map.scenes("ab"), tmp_path / "out"))
     assert states(plan) == {"a": "mapped", "b": "mapped"}
+
+
+def test_a_launcher_goes_on_past_a_failed_block_to_the_layers_of_the_others(
+    to_map: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(to_map, to_map.scenes("ay"), tmp_path / "out", "map.block_px=64")
+    prepare(plan)
+    victim = next(cell.id for cell in plan.cells if cell.label == "map y 2/4")
+
+    class Over:
+        def exception(self) -> None: ...
+
+    def here(site: Any, paths: RunPaths, stage: str, tasks: Sequence[str]) -> list[Job]:
+        if tasks[0] != victim:
+            assert runner.run(stage, paths.root, tasks[0]) == 0
+        return [Job("DEBUG", tmp_path / "log", Over())]
+
+    monkeypatch.setattr(schedule, "submit", here)
+    outcome = schedule.Scheduler(plan, Ledger(plan.paths), Display(make_console(), plan.paths)).run()
+    assert [cell.label for cell, *_ in outcome.failed] == ["map y 2/4"] and not outcome.blocked
+    assert states(plan) == {"a": "mapped", "y": "failed"} and LAYERS[2] in tables(plan)
+    found = {row["label"]: row["state"] for row in run_status(plan.paths)["cells"]}
+    assert found["map y 2/4"] == "failed" and found["merge y"] == found["publish"] == "done"
+    again = [cell.label for cell in plan_again(plan.config, plan.paths).todo]
+    assert again == ["map y 2/4", "merge y", "publish"]
 
 
 @pytest.mark.parametrize(
