@@ -107,6 +107,13 @@ def test_a_duplicate_in_one_chip_is_no_second_instance() -> None:
     assert px(found) == rectangle((1, 8), (1, 8)) and found.score == 0.9
 
 
+def test_of_duplicates_with_holes_and_notches_every_pixel_counts() -> None:
+    one, other = np.ones((2, 7, 7), np.bool_)
+    one[3, 3] = other[0, 0] = False
+    pieces = [Piece(0, 1, 1, mask, 0.5, 0) for mask in (one, other)]
+    assert [px(found) for found in mapped(*pieces)] == [rectangle((1, 8), (1, 8))] == [px(mapped(*pieces[::-1])[0])]
+
+
 @pytest.mark.parametrize("first", [0.9, 0.2])
 def test_a_pixel_that_two_masks_of_a_chip_claim_goes_to_the_higher_score(first: float) -> None:
     found = mapped(box(0, (1, 4), (1, 5), first), box(0, (1, 4), (4, 8), 0.5))
@@ -147,6 +154,8 @@ def test_scenes_that_only_abut_join_what_goes_on_across_their_edge(seed: int) ->
     assert merged(merge(parts)) == truth(ids)
     turned = [scene(ids.T[:19], 8, 2, "a"), scene(ids.T[19:], 11, 3, "b", 19, 0)]
     assert merged(merge(turned)) == truth(ids.T)
+    small = [scene(ids[:, :19], 64, 2, "a"), scene(ids[:, 19:], 48, 3, "b", 0, 19)]
+    assert merged(merge(small)) == truth(ids)
 
 
 def test_of_two_that_meet_at_the_edge_of_abutting_scenes_each_goes_on_as_itself() -> None:
