@@ -33,6 +33,8 @@ MAPPED = "mapped"
 _STRIP_PX = 512
 _EDGE_STEPS = 16
 """Parts that a footprint's edge is cut into, so that it follows the ground in degrees too."""
+_PACKAGE_VERSION = "1.2"
+"""Of GeoPackage: GDAL and QGIS of many years open it without a warning, and nothing here needs a later one."""
 _CLOCK = "2000-01-01T00:00:00.000Z"
 """What a GeoPackage says of the time of its last change: the same layers are the same bytes."""
 
@@ -109,8 +111,9 @@ def _ground_area(outcome: Outcome) -> float:
 
 
 def in_one_crs(tables: Sequence[Features]) -> Features:
-    """Tables as one: in their CRS where they share one, else in degrees."""
-    if not all(same_crs(one.crs_wkt, tables[0].crs_wkt) for one in tables[1:]):
+    """Tables as one: in their CRS where they share a projected one, else in degrees between -180 and 180."""
+    first = tables[0].crs_wkt
+    if crs_facts(first).geographic or not all(same_crs(one.crs_wkt, first) for one in tables[1:]):
         tables = [Features(LONLAT, to_degrees(one.geometry, one.crs_wkt), one.columns) for one in tables]
     return joined(tables).ordered()
 
@@ -131,7 +134,7 @@ def to_degrees(geometry: Any, crs_wkt: str) -> NDArray[np.object_]:
 def _cut_at_180(shape: Any) -> Any:
     """A shape whose longitudes jump, in parts that lie between -180 and 180."""
     world, parts = shapely.box(-180, -90, 180, 90), list[Any]()
-    for polygon in map(_unrolled, shapely.get_parts(shape)):
+    for polygon in shapely.make_valid([_unrolled(part) for part in shapely.get_parts(shape)]):
         for turn in (-2, -1, 0, 1, 2):
             turned = shapely.transform(polygon, lambda points, by=360.0 * turn: points + np.array([by, 0.0]))
             parts += _areas(turned.intersection(world))
@@ -192,6 +195,7 @@ def _write_layer(path: Path, name: str, features: Features) -> None:
         promote_to_multi=True,
         crs=features.crs_wkt,
         nan_as_null=True,
+        dataset_options={"VERSION": _PACKAGE_VERSION},
     )
 
 

@@ -55,7 +55,7 @@ class Group:
 
     outcomes: list[Outcome]
     features: Features | None = None
-    looks: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    looks: dict[str, Path] = field(default_factory=dict[str, Path])
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -139,7 +139,7 @@ def _group(need: str, paths: RunPaths) -> Group:
     for number, state in enumerate(states):
         picture = folder.quicklook(number)
         if picture.is_file():
-            group.looks[state["scene"]] = picture.read_bytes()
+            group.looks[state["scene"]] = picture
     return group
 
 

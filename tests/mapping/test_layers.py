@@ -142,6 +142,16 @@ def test_what_lies_off_the_earth_has_no_place_in_degrees() -> None:
     assert shapely.is_missing(rows.geometry).sum() == 1 and len(rows) == 3
 
 
+def test_degrees_beyond_180_are_brought_back_in_the_layer_of_a_whole_run() -> None:
+    rows = Features(
+        LONLAT, [shapely.box(179.9, 70, 180.1, 70.1), shapely.box(180.2, 70, 180.3, 70.1)], {"score": [0.5, 0.6]}
+    )  # pyright: ignore[reportArgumentType]
+    whole = in_one_crs([rows])
+    assert sorted(len(shapely.get_parts(shape)) for shape in whole.geometry) == [1, 2]
+    assert shapely.total_bounds(whole.geometry)[[0, 2]].tolist() == [-180, 180]
+    assert shapely.area(whole.geometry).sum() == pytest.approx(0.2 * 0.1 + 0.1 * 0.1)
+
+
 def test_footprints_name_every_scene_and_why_it_was_left_out(tmp_path: Path) -> None:
     outcomes = [
         outcome("c", 32608, 500_000, 7_600_000, 10),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -47,7 +48,7 @@ class MapFacts:
         slumps: every instance.
         least: score below which nothing was mapped.
         threshold: None where the model's run does not say.
-        looks: scene -> picture, WebP.
+        looks: scene -> file of its picture, WebP.
         notes: what a reader must know.
         files: beside the page, for people.
         origin: (name, value) rows on what the map was made with.
@@ -59,7 +60,7 @@ class MapFacts:
     slumps: Features
     least: float
     threshold: Threshold | None
-    looks: Mapping[str, bytes]
+    looks: Mapping[str, Path]
     notes: Sequence[str] = ()
     files: Sequence[str] = ()
     origin: Sequence[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
@@ -116,9 +117,10 @@ def _fitting(facts: MapFacts, grounds: Mapping[str, Any]) -> dict[str, bytes]:
     """Pictures of scenes with most slumps first, as many as the page may hold."""
     room, kept = EMBED_LIMIT_BYTES, dict[str, bytes]()
     for scene in _by_count(facts, [scene for scene in facts.looks if scene in grounds]):
-        if len(facts.looks[scene]) * 4 // 3 <= room:
-            kept[scene] = facts.looks[scene]
-            room -= len(facts.looks[scene]) * 4 // 3
+        size = facts.looks[scene].stat().st_size * 4 // 3
+        if size <= room:
+            kept[scene] = facts.looks[scene].read_bytes()
+            room -= size
     return kept
 
 
