@@ -57,6 +57,19 @@ def test_a_folder_a_list_an_index_and_a_raster_name_the_same_scene(tmp_path: Pat
     assert listed(folder / "list.txt", "/data")[0].image == "/data/b.tif"
 
 
+def test_an_index_must_say_what_a_required_modality_needs_and_may_leave_out_the_rest(tmp_path: Path) -> None:
+    dem = {"bands": ["1"], "file": "{tile}.tif"}
+    (tmp_path / "list.txt").write_text("a.tif\n")
+    for required in (True, False):
+        modalities = {**DATA["modalities"], "dem": {**dem, "required": required}}
+        data = DataConfig.model_validate({**DATA, "modalities": modalities})
+        if required:
+            with pytest.raises(ConfigError, match=r"modalities\.dem\.file"):
+                scenes_to_map(str(tmp_path / "list.txt"), data)
+        else:
+            assert scenes_to_map(str(tmp_path / "list.txt"), data)[1][0].files == {}
+
+
 def test_urls_and_virtual_files_keep_their_names(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("https://host/a//x.tif\n/vsizip//data/all.zip/y.tif\ns3://bucket/z.tif\n")
     images = [scene.image for scene in listed(tmp_path / "list.txt")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ COLUMNS = ("scene", "image", "site", "date")
 """Columns of an index to map, where the training's index has no other name for them."""
 
 _REMOTE = {"https://": "/vsicurl/https://", "http://": "/vsicurl/http://", "s3://": "/vsis3/", "gs://": "/vsigs/"}
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 Row = Mapping[str, str]
 
@@ -93,5 +96,12 @@ def _named(rows: Sequence[Row]) -> list[Row]:
 
 def _scene(data: DataConfig, row: Row) -> Scene:
     facts = {"site": "", **row, "stem": Path(row["image"]).stem}
-    plain = data.model_copy(update={"labels": data.labels.model_copy(update={"kind": "none", "ignore_file": ""})})
+    # What a list says too little of to find is missing, as a file that is not there.
+    known = {
+        name: one
+        for name, one in data.modalities.items()
+        if one.required or facts.keys() >= set(_PLACEHOLDER.findall(one.file))
+    }
+    labels = data.labels.model_copy(update={"kind": "none", "ignore_file": ""})
+    plain = data.model_copy(update={"labels": labels, "modalities": known})
     return scene_of(plain, _virtual(row["image"]), "", facts, row.get("date", ""))
