@@ -87,7 +87,7 @@ def test_a_task_that_meets_broken_nodes_ends_on_a_sound_one_and_later_jobs_avoid
     lab("scancel", later)
 
     lab("scontrol", "update", f"NodeName={SPARE}", "State=RESUME")
-    lab.wait_until_empty(60)
+    lab.wait_until_empty(240)
     record = read_record(own.record)
     assert record is not None and record.environment["host"] not in broken
     assert [one.how for one in attempts(own)] == [*["bad node"] * len(broken), "done"]

@@ -21,7 +21,7 @@ def test_jobs_run_in_the_image_and_one_that_slurm_stops_saves_and_goes_on(
     login: Login, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = thin_image()
-    monkeypatch.setitem(login.lab.environment, "PATH", image_environment()["PATH"])
+    monkeypatch.setitem(login.environment, "PATH", image_environment()["PATH"])
     values = {"site.image": str(image), "site.binds": json.dumps([BOUND]), **SETS}
     sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     answer = login("sweep", "--site", "lab", "--until", "pretrain", *sets)
