@@ -221,3 +221,23 @@ def test_lost_metrics_do_not_lose_the_training(paths: RunPaths, train: Train) ->
         results = train(cell)
     assert results["resumed"] == 1
     assert next(row["step"] for row in read_lines(paths.cell(cell.id).metrics)) == 6
+
+
+def test_a_training_by_parts_of_its_batch_is_the_same_cell_and_ends_with_the_same_weights(
+    paths: RunPaths, train: Callable[..., Any]
+) -> None:
+    whole, parts = (
+        cell_of(small_config({"epochs": 1}, site={"micro_batch": at_once}), "pretrain", "rgb") for at_once in (0, 1)
+    )
+    assert whole.id == parts.id
+    weights: list[dict[str, torch.Tensor]] = []
+    for name, cell in (("whole", whole), ("parts", parts)):
+        own = cell.model_copy(update={"id": name})
+        train(own)
+        weights.append(checkpoint.load(paths.cell(name).last_checkpoint)["model"])
+
+    def apart(one: Any, other: Any) -> float:
+        return float(torch.stack([(one[name].double() - other[name].double()).norm() for name in weights[0]]).norm())
+
+    # AdamW takes a step of full length where a gradient is next to nothing, so that single weights may differ.
+    assert apart(*weights) < 0.01 * apart(weights[0], fresh(whole).state_dict())
