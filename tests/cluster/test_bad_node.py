@@ -64,9 +64,10 @@ def broken(
         subprocess.run([*inside, "umount", str(scratch)], check=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "broken",
-    [pytest.param((GPU,), marks=pytest.mark.slow), pytest.param((GPU, DISK), marks=pytest.mark.full)],
+    [(GPU,), (GPU, DISK)],
     ids=["lost gpu", "lost gpu, dead disk"],
     indirect=True,
 )

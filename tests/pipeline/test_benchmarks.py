@@ -16,7 +16,7 @@ SMALL = {
     "shard_read": ["--files", "8", "--passes", "1", "--repeats", "1"],
     "instances": ["--masks", "4", "--repeats", "1"],
     "features": ["--size", "64", "--measured", "1", "--scenes", "2", "--repeats", "1"],
-    "map_scene": ["--sizes", "600", "1100", "--repeats", "1", "--block", "700"],
+    "map_scene": ["--sizes", "300", "600", "--repeats", "1", "--block", "400"],
 }
 
 
