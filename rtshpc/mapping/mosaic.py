@@ -86,7 +86,7 @@ def merge(scenes: Sequence[PlacedScene]) -> list[MapInstance]:
     if not views.own:
         return []
     joined, rivals = _compare(views, _pairs(views))
-    group = _groups(len(views.own), joined)
+    group = np.array(connected(len(views.own), joined), np.int64)
     instances = _assemble(views, group)
     claimed = {(int(group[a]), int(group[b])) for a, b in rivals if group[a] != group[b]}
     _settle(instances, claimed)
@@ -319,8 +319,8 @@ def _repeated(views: _Views, index: int, window: Boxes) -> Mask:
     return np.pad(held, list(zip(before, after, strict=True)), mode="edge")
 
 
-def _groups(count: int, joined: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
-    """For each of `count` pieces the lowest index it is joined with, however many joins lie between."""
+def connected(count: int, joined: Iterable[tuple[int, int]]) -> list[int]:
+    """For each of `count` things the lowest index it is joined with, however many joins lie between."""
     parent = list(range(count))
 
     def find(index: int) -> int:
@@ -331,7 +331,7 @@ def _groups(count: int, joined: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
     for a, b in joined:
         low, high = sorted((find(a), find(b)))
         parent[high] = low
-    return np.array([find(index) for index in range(count)], np.int64)
+    return [find(index) for index in range(count)]
 
 
 def _assemble(views: _Views, group: NDArray[np.int64]) -> dict[int, MapInstance]:

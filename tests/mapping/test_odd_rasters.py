@@ -12,7 +12,7 @@ import shapely
 from geo_making import SHARED, config, needs_shared
 
 from rtshpc.core.errors import SceneRejected
-from rtshpc.core.mapping.ground import Ground, MapScene
+from rtshpc.core.mapping.ground import MapScene
 from rtshpc.core.scenes import Scene
 from rtshpc.geo.crs import LONLAT
 from rtshpc.geo.scene import scene_grid
@@ -20,6 +20,7 @@ from rtshpc.mapping.attributes import Origin, describe, moved
 from rtshpc.mapping.layers import MAPPED, Outcome, footprints, in_one_crs, write_layer, write_scores
 from rtshpc.mapping.mosaic import MapInstance
 from rtshpc.mapping.outlines import outlines
+from rtshpc.mapping.scenes.survey import ground_of
 from rtshpc.report.overview.quicklook import quicklook
 
 GEOD = pyproj.Geod(ellps="WGS84")
@@ -37,13 +38,7 @@ def _mapped(path: Path, folder: Path) -> tuple[Any, Outcome] | None:
         quicklook(scene, data)
     except SceneRejected:
         return None
-    ground = Ground(
-        crs_wkt=grid.crs_wkt,
-        transform=grid.transform,
-        height=grid.height,
-        width=grid.width,
-        resolution_m=grid.resolution_m,
-    )
+    ground = ground_of(grid)
     side = max(1, min(16, min(grid.height, grid.width) // 8))
     draw = np.random.default_rng(0)
     instances = [

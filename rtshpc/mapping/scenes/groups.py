@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from rtshpc.core.mapping.ground import Ground, Seen
 from rtshpc.geo.align import EXACT_PX, same_crs
+from rtshpc.mapping.mosaic import connected
 
 Box = tuple[float, float, float, float]
 
@@ -16,21 +17,10 @@ def grouped(seen: Sequence[Seen], dates: Sequence[str]) -> list[Seen]:
 
     Scenes that touch without sharing a pixel meet too. A scene without a ground is a group of its own.
     """
-    parents = list(range(len(seen)))
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = parents[number]
-        return number
-
-    for one, two in _near(seen, dates):
-        if _meet(seen[one].ground, seen[two].ground):
-            low, high = sorted((root(one), root(two)))
-            parents[high] = low
+    meeting = ((one, two) for one, two in _near(seen, dates) if _meet(seen[one].ground, seen[two].ground))
     groups: dict[int, list[int]] = {}
-    for number in range(len(seen)):
-        groups.setdefault(root(number), []).append(number)
+    for number, first in enumerate(connected(len(seen), meeting)):
+        groups.setdefault(first, []).append(number)
     found = list(seen)
     for group, members in enumerate(groups.values()):
         places = [_place(seen[members[0]].ground, seen[number].ground) for number in members]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 from rtshpc.core.config import DataConfig, MapConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.mapping.ground import Ground, Seen
 from rtshpc.core.scenes import Scene
-from rtshpc.geo.raster import rejecting
+from rtshpc.geo.raster import Grid, rejecting
 from rtshpc.geo.scene import scene_grid
 from rtshpc.mapping.layout import Layout
 from rtshpc.mapping.scenes.groups import grouped
@@ -38,17 +39,16 @@ def layout_of(ground: Ground, data: DataConfig, config: MapConfig) -> Layout:
     return Layout(ground.height, ground.width, data.chip.size_px, config.overlap(data.chip.size_px))
 
 
+def ground_of(grid: Grid) -> Ground:
+    """A raster's grid as a run's files hold it."""
+    return Ground(**asdict(grid))
+
+
 def _seen(scene: Scene, data: DataConfig, config: MapConfig) -> Seen:
     try:
         with rejecting(scene.id):
             grid = scene_grid(scene, data)
     except SceneRejected as error:
         return Seen(reason=error.reason, detail=error.detail)
-    ground = Ground(
-        crs_wkt=grid.crs_wkt,
-        transform=grid.transform,
-        height=grid.height,
-        width=grid.width,
-        resolution_m=grid.resolution_m,
-    )
+    ground = ground_of(grid)
     return Seen(ground=ground, blocks=len(layout_of(ground, data, config).blocks(config.block_px)))
