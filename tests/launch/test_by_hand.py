@@ -45,7 +45,7 @@ def test_a_template_is_clean_and_says_what_it_does_needs_and_how_safe_it_is_to_s
     for name in re.findall(r"^(RTSHPC_\w+)=", text, re.MULTILINE):
         assert f'{name}="${{{name}:-' in text
     if shutil.which("shellcheck") is None:
-        pytest.skip("no shellcheck here (Debian: apt-get install shellcheck)")
+        pytest.skip("needs shellcheck (Debian: apt-get install shellcheck)")
     subprocess.run(["shellcheck", str(template)], check=True)
 
 

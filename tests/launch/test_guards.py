@@ -81,7 +81,7 @@ def test_what_the_machine_refuses_is_one_line(launcher: Launcher, capsys: pytest
     assert "Not a directory" in failing(stages_main, capsys, *task)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
 def test_output_that_cannot_be_written_is_one_line(launcher: Launcher) -> None:
     with Path("/dev/full").open("w") as full:
         line = launcher.line("plan", str(launcher.sweep), "--runs", str(launcher.runs))
