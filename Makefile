@@ -71,7 +71,7 @@ image:
 
 lock:
 	for l in default cuda12; do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-header --no-annotate --extra tasks --extra dev --extra benchmarks pyproject.toml requirements/$$l.in \
+		--no-emit-index-url --no-header --no-annotate --extra tasks --extra dev --extra pdf --extra benchmarks pyproject.toml requirements/$$l.in \
 		-o requirements/$$l.txt || exit 1; done
 
 clean:

@@ -28,7 +28,9 @@ import torch
 
 from rtshpc.core.errors import RtshpcError
 from rtshpc.core.load import load_model
-from rtshpc.engine.memory import MemorySpec, measure_apart, sample
+from rtshpc.core.sizing.memory import MemorySpec
+from rtshpc.engine.memory.measure import measure_apart
+from rtshpc.engine.memory.step import sample
 from rtshpc.model.detector import build_detector
 
 CHANNELS = {"rgb": 3, "ndvi": 1, "nir": 1}

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from rtshpc.core.config import ModelConfig
 from rtshpc.core.errors import MissingExtra, RtshpcError
 from rtshpc.core.load import load_model
+from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.data.sample import Target
-from rtshpc.engine.memory import MemorySpec, given_scales, sample
+from rtshpc.engine.memory.step import given_scales, sample
 from rtshpc.model.detector import build_detector
 
 TARGETS = {("all", "plain"): 1.10, ("plain", "detectron2"): 0.85}

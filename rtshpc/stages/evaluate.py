@@ -16,10 +16,10 @@ from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.engine.detectors import trained
 from rtshpc.engine.distributed import choose_device
 from rtshpc.engine.loop import training_of
+from rtshpc.engine.nearby import near
 from rtshpc.engine.predict import coco_predictions, decode, predict
 from rtshpc.engine.scoring import ImageResult, score
 from rtshpc.report.gallery import draw_picture, stretch
-from rtshpc.stages.shards import near
 
 SPLIT = "test"
 

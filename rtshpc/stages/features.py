@@ -24,10 +24,10 @@ from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.data.shard import file_sha256
 from rtshpc.engine.detectors import on_backbones, record_sha256
 from rtshpc.engine.distributed import choose_device
+from rtshpc.engine.nearby import near
 from rtshpc.engine.predict import autocast
 from rtshpc.model.detector import Detector
 from rtshpc.model.features import Header, to_stored, write_part
-from rtshpc.stages.shards import near
 
 BATCH = 8
 """Images that go through the backbone together, variants counted."""

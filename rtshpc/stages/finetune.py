@@ -9,7 +9,7 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Progress
 from rtshpc.engine.detectors import on_backbones, on_features
 from rtshpc.engine.loop import fit
-from rtshpc.stages.shards import near
+from rtshpc.engine.nearby import near
 
 
 def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Any
 from rtshpc.core.cell import Cell
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Progress
+from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.engine.detectors import channels_of
-from rtshpc.engine.memory import MemorySpec, measure_apart
+from rtshpc.engine.memory.measure import measure_apart
 
 
 def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
-    """Measure parameters, gradients, activations and peaks of the cell's arm; see `engine.memory.measure`."""
+    """Measure parameters, gradients, activations and peaks of the cell's arm; see `engine.memory.measure.measure`."""
     asked = cell.config.measure
     progress("measure", 0, 1, f"{'+'.join(cell.modalities)} {cell.arm}")
     results = measure_apart(

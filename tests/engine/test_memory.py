@@ -5,7 +5,10 @@ import torch
 
 from rtshpc.core.config import ModelConfig
 from rtshpc.core.errors import RunError
-from rtshpc.engine.memory import INSTANCES, MemorySpec, measure, measure_apart, sample, saved_bytes
+from rtshpc.core.sizing.memory import MemorySpec
+from rtshpc.engine.memory.measure import measure, measure_apart
+from rtshpc.engine.memory.step import INSTANCES, sample
+from rtshpc.engine.memory.tensors import saved_bytes
 
 from .conftest import MODEL
 

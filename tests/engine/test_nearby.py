@@ -17,8 +17,8 @@ from rtshpc.core.errors import DataError, RunError
 from rtshpc.core.load import load_run
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import SILENT, write_json
-from rtshpc.stages import shards
-from rtshpc.stages.shards import near
+from rtshpc.engine import nearby
+from rtshpc.engine.nearby import near
 
 NAMES = ("0000-000.h5", "0001-000.h5")
 
@@ -50,7 +50,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(source.name)
         return copy(source, target)
 
-    monkeypatch.setattr(shards.shutil, "copyfile", noted)
+    monkeypatch.setattr(nearby.shutil, "copyfile", noted)
     return seen
 
 
@@ -93,7 +93,7 @@ def test_without_room_on_scratch_the_shards_are_read_where_they_are(
     def full(source: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards.shutil, "copyfile", full)
+    monkeypatch.setattr(nearby.shutil, "copyfile", full)
     assert near(cell(), paths, SILENT).index == paths.index
     assert f"No space left on device; shards are read from {paths.shards}" in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
 """Peak memory of one sample + model + forward + backward, without optimizer (Li et al. 2025, Table 2).
 
-Each arm is measured in a process of its own: `python -m rtshpc.engine.memory < spec.json`. On a GPU the figures
+Each arm is measured in a process of its own: `python -m rtshpc.engine.memory.measure < spec.json`. On a GPU the figures
 are the allocator's; on a CPU, which has no such counter, activations are the storages that autograd keeps for
 the backward pass, and two peaks stand beside them: of all tensors alive at once (`live_peak_bytes`, what an allocator
 would have handed out, without the scratch memory inside of operations), and of the process's resident set.
@@ -15,44 +15,21 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from rtshpc.core.config import ModelConfig
-from rtshpc.core.config.section import Section, doc
 from rtshpc.core.errors import RunError
+from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.data.sample import Target
+from rtshpc.engine.memory.step import INSTANCES, forward, given_scales, sample, step, zero
+from rtshpc.engine.memory.tensors import Live, own_tensors, saved_bytes
 from rtshpc.hpc.nvml import NvmlSampler
 from rtshpc.model.detector import Detector
 from rtshpc.model.engines import build
-
-INSTANCES = 9
-"""Slumps of the sample, on a 3 x 3 grid: with few, the mask head would see next to nothing."""
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class MemorySpec(Section):
-    """What is measured, and how."""
-
-    model: ModelConfig = doc("the detector")
-    channels: dict[str, int] = doc("bands of each modality, the primary first", min_length=1)
-    classes: int = doc("classes without the background", 1, ge=1)
-    arm: str = doc("unimodal, full, pretrained (frozen backbones) or cached (their scales are given)", "unimodal")
-    chip_px: int = doc("side of the sample, px", 256, ge=32)
-    precision: str = doc("fp32, bf16 or fp16", "bf16")
-    device: str = doc("auto, cpu or cuda", "auto")
-    repeats: int = doc("measured steps", 3, ge=1)
-    warmups: int = doc("steps before them", 1, ge=0)
-    seed: int = doc("of weights, sample and RoIs", 0, ge=0)
-    threads: int = doc("torch threads", 1, ge=1)
 
 
 def measure_apart(spec: MemorySpec) -> dict[str, Any]:
@@ -62,7 +39,7 @@ def measure_apart(spec: MemorySpec) -> dict[str, Any]:
         RunError: the process failed (out of memory, for one); the message is its last line.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "rtshpc.engine.memory"],
+        [sys.executable, "-m", "rtshpc.engine.memory.measure"],
         input=spec.model_dump_json(),
         capture_output=True,
         text=True,
@@ -97,7 +74,7 @@ def measure(spec: MemorySpec) -> dict[str, Any]:
         if number == 0 and device.type == "cpu":
             saved = saved_bytes(detector, images, target, spec)
         else:
-            _step(detector, images, target, spec)
+            step(detector, images, target, spec)
     sampler = NvmlSampler(_uuid(device)) if device.type == "cuda" else None
     with sampler or nullcontext():
         if device.type == "cuda":
@@ -131,43 +108,6 @@ def measure(spec: MemorySpec) -> dict[str, Any]:
     }
 
 
-def sample(spec: MemorySpec, device: torch.device) -> tuple[dict[str, Tensor], Target]:
-    """One random sample, (1, C, S, S) per modality, with round slumps on a 3 x 3 grid."""
-    generator = torch.Generator().manual_seed(spec.seed)
-    side = spec.chip_px
-    images = {
-        name: torch.randn(1, bands, side, side, generator=generator).to(device) for name, bands in spec.channels.items()
-    }
-    across = 3
-    cell, radius = side / across, side / across * 0.35
-    place = torch.arange(side, dtype=torch.float32) + 0.5
-    masks, boxes = [], []
-    for number in range(INSTANCES):
-        y, x = (number // across + 0.5) * cell, (number % across + 0.5) * cell
-        masks.append((place[:, None] - y) ** 2 + (place[None] - x) ** 2 <= radius**2)
-        boxes.append([x - radius, y - radius, x + radius, y + radius])
-    classes = torch.arange(INSTANCES) % spec.classes
-    ignore = torch.zeros(side, side, dtype=torch.bool)
-    return images, Target(torch.tensor(boxes), classes, torch.stack(masks), ignore).to(device)
-
-
-def given_scales(detector: Detector, spec: MemorySpec, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
-    """Random scales of every modality, as stored features enter a training: in the type a backbone leaves them.
-
-    Layer norms give 16 bits under autocast on CPUs, 32 on GPUs.
-    """
-    generator = torch.Generator().manual_seed(spec.seed)
-    dtype = torch.float32 if device.type == "cuda" else _AUTOCAST.get(spec.precision, torch.float32)
-    shapes = [
-        (1, getattr(detector.backbone, f"fpn_lateral{level}").in_channels, *[spec.chip_px // 2**level] * 2)
-        for level in range(2, 6)
-    ]
-    return {
-        name: tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-        for name in spec.channels
-    }
-
-
 def _measure_cuda(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> dict[str, Any]:
     """The allocator's figures; activations are what the forward pass leaves allocated."""
     device = target.boxes.device
@@ -176,11 +116,11 @@ def _measure_cuda(detector: Detector, images: Mapping[str, Any], target: Target,
     torch.cuda.reset_peak_memory_stats(device)
     times, kept = [], 0
     for _ in range(spec.repeats):
-        _zero(detector)
+        zero(detector)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.synchronize(device)
         began = time.perf_counter()
-        loss = _forward(detector, images, target, spec)
+        loss = forward(detector, images, target, spec)
         kept = max(kept, torch.cuda.memory_allocated(device) - before)
         loss.backward()
         del loss
@@ -204,17 +144,20 @@ def _measure_cpu(
     """
     times: list[float] = []
     for _ in range(spec.repeats):
-        _zero(detector)
+        zero(detector)
         began = time.perf_counter()
-        _step(detector, images, target, spec)
+        step(detector, images, target, spec)
         times.append(time.perf_counter() - began)
     if saved is None:
         saved = saved_bytes(detector, images, target, spec)
-    _zero(detector)
-    with _Live() as live:
-        for tensor in (*_own(detector, images, target), *(p.grad for p in detector.parameters() if p.grad is not None)):
+    zero(detector)
+    with Live() as live:
+        for tensor in (
+            *own_tensors(detector, images, target),
+            *(p.grad for p in detector.parameters() if p.grad is not None),
+        ):
             live.add(tensor)
-        _step(detector, images, target, spec)
+        step(detector, images, target, spec)
     return {
         "activations_bytes": saved,
         "allocator_peak_bytes": None,
@@ -222,90 +165,6 @@ def _measure_cpu(
         "reserved_peak_bytes": None,
         "step_seconds": statistics.median(times),
     }
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and the most there were: every storage an operation makes, until freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        return out
-
-    def add(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor, once."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.sizes:
-            return
-        self.sizes[key] = storage.nbytes()
-        self.now += self.sizes[key]
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
-
-
-def _own(detector: Detector, images: Mapping[str, Any], target: Target) -> list[Tensor]:
-    """Weights, buffers and the sample: what is there before a step."""
-    given = [leaf for leaf in tree_leaves(dict(images)) if isinstance(leaf, Tensor)]
-    return [*detector.parameters(), *detector.buffers(), *given, target.boxes, target.masks]
-
-
-def saved_bytes(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> int:
-    """Bytes of the distinct storages that a forward pass keeps for its backward pass, which is run too.
-
-    Parameters, buffers and the sample itself are not counted. The hooks take time: no step to be timed.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in _own(detector, images, target)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        # A detached view: an output kept by its own node would never be freed.
-        return tensor.detach()
-
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        loss = _forward(detector, images, target, spec)
-    total = sum(kept.values())
-    loss.backward()
-    return total
-
-
-def _forward(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> Tensor:
-    """The summed losses; `images` are scales in the arm `cached`."""
-    device = target.boxes.device.type
-    context = torch.autocast(device, dtype=_AUTOCAST[spec.precision]) if spec.precision != "fp32" else nullcontext()
-    with context:
-        if spec.arm == "cached":
-            losses = detector({}, [target], [spec.seed], [(spec.chip_px, spec.chip_px)], images)
-        else:
-            losses = detector(images, [target], [spec.seed])
-    return torch.stack([value.float() for value in losses.values()]).sum()
-
-
-def _step(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> None:
-    _forward(detector, images, target, spec).backward()
-
-
-def _zero(detector: Detector) -> None:
-    """Gradients to zero where they are; they stay allocated."""
-    for parameter in detector.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,0 +1,1 @@
+"""Memory, time and scaling of a training: what is asked, and what records hold of it."""
