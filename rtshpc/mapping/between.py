@@ -25,6 +25,7 @@ from rtshpc.mapping.attributes import equal_area, ground_measures, moved
 from rtshpc.mapping.compare.match import Shapes, areal, best_pairs, flat, overlaps
 from rtshpc.mapping.features import Features
 from rtshpc.mapping.layers import to_degrees
+from rtshpc.mapping.mosaic import connected
 
 LEAST_IOU = 0.5
 Row = tuple[int, int]
@@ -125,22 +126,12 @@ def _same(sheets: Sequence[Sheet], meeting: _Meeting) -> list[tuple[Row, Row]]:
 
 def _clusters(pairs: Sequence[tuple[Row, Row]]) -> list[list[Row]]:
     """Rows that pairs connect."""
-    near: dict[Row, list[Row]] = defaultdict(list)
-    for one, other in pairs:
-        near[one].append(other)
-        near[other].append(one)
-    found: list[list[Row]] = []
-    seen: set[Row] = set()
-    for first in sorted(near):
-        cluster, todo = list[Row](), [first]
-        while todo:
-            row = todo.pop()
-            if row not in seen:
-                seen.add(row)
-                cluster.append(row)
-                todo += near[row]
-        found += [cluster] if cluster else []
-    return found
+    rows = sorted({row for pair in pairs for row in pair})
+    at = {row: index for index, row in enumerate(rows)}
+    found: dict[int, list[Row]] = defaultdict(list)
+    for row, first in zip(rows, connected(len(rows), [(at[one], at[other]) for one, other in pairs]), strict=True):
+        found[first].append(row)
+    return list(found.values())
 
 
 def _grown(sheets: Sequence[Sheet], number: int, rows: dict[int, list[Row]]) -> Features:

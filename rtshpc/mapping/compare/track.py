@@ -27,6 +27,7 @@ from rtshpc.mapping.compare.match import ROUNDING, Shapes, common_projection, fl
 from rtshpc.mapping.compare.sources import Source, words
 from rtshpc.mapping.features import Features
 from rtshpc.mapping.layers import in_one_crs
+from rtshpc.mapping.mosaic import connected
 
 LEAST_SHARE = 0.5
 """Of the smaller area: slumps grow by far more than they move."""
@@ -193,23 +194,11 @@ def _go_on(
 
 def _clusters(ones: int, others: int, pairs: Sequence[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
     """What pairs connect, members of either side sorted; in order of the other side's first member, without it last."""
-    near: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for one, other in pairs:
-        near[0, one].append((1, other))
-        near[1, other].append((0, one))
-    found: list[tuple[list[int], list[int]]] = []
-    seen: set[tuple[int, int]] = set()
-    for start in [*((1, other) for other in range(others)), *((0, one) for one in range(ones))]:
-        todo, members = [start], list[tuple[int, int]]()
-        while todo:
-            at = todo.pop()
-            if at not in seen:
-                seen.add(at)
-                members.append(at)
-                todo += near[at]
-        if members:
-            found.append((sorted(n for side, n in members if side == 0), sorted(n for side, n in members if side == 1)))
-    return found
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for index, first in enumerate(connected(ones + others, [(one, ones + other) for one, other in pairs])):
+        members = found.setdefault(first, ([], []))
+        members[index >= ones].append(index if index < ones else index - ones)
+    return sorted(found.values(), key=lambda sides: sides[1][0] if sides[1] else others)
 
 
 def _covered(ground: Any, shapes: Shapes) -> NDArray[np.bool_]:
