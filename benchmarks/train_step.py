@@ -111,19 +111,19 @@ def build(given: argparse.Namespace, device: torch.device) -> tuple[dict[str, tu
         torch.manual_seed(0)
         detector = build_detector(model, channels, 1, frozen, cached).to(device).train()
         spec = MemorySpec(model=model, channels=channels, arm=given.arm, chip_px=given.chip_px)
-        images, target = sample(spec, device)
+        images, targets = sample(spec, device)
         if cached:
             scales = given_scales(detector, spec.model_copy(update={"precision": given.precision}), device)
-            sides[levers] = (detector, partial(detector, {}, [target], [0], [size], scales))
+            sides[levers] = (detector, partial(detector, {}, targets, [0], [size], scales))
         else:
-            sides[levers] = (detector, partial(detector, images, [target], [0]))
+            sides[levers] = (detector, partial(detector, images, targets, [0]))
     if given.modalities > 1:
         return sides, "it has no fusion"
     try:
         model = load_model(given.model, given.set)
-        images, target = sample(MemorySpec(model=model, channels=channels, chip_px=given.chip_px), device)
+        images, targets = sample(MemorySpec(model=model, channels=channels, chip_px=given.chip_px), device)
         own = detectron2(model, next(iter(sides.values()))[0]).to(device).train()
-        sides["detectron2"] = (own, partial(detectron2_losses, own, images["rgb"][0], target))
+        sides["detectron2"] = (own, partial(detectron2_losses, own, images["rgb"][0], targets[0]))
     except (ImportError, MissingExtra) as error:
         return sides, str(error)
     return sides, ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,20 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return Programs(folder)
+
+
+@pytest.fixture(scope="session")
+def fake_nvml(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders for LD_LIBRARY_PATH with a libnvidia-ml.so.1 that answers without a GPU: `current`, and an `old` driver's."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler to build a small libnvidia-ml.so.1")
+    folders = {name: tmp_path_factory.mktemp(f"nvml-{name}") for name in ("current", "old")}
+    for name, folder in folders.items():
+        options = ["-shared", "-fPIC", "-w", *(["-DOLD"] if name == "old" else [])]
+        source = Path(__file__).with_name("fake_nvml.c")
+        subprocess.run([compiler, *options, "-o", str(folder / "libnvidia-ml.so.1"), str(source)], check=True)
+    return folders
 
 
 DETECTOR: dict[str, Any] = {
@@ -126,3 +142,85 @@ class ToMap:
 @pytest.fixture(scope="session")
 def to_map(tmp_path_factory: pytest.TempPathFactory) -> ToMap:
     return ToMap(tmp_path_factory.mktemp("map"))
+
+
+class Study:
+    """Makes the folder of a scaling study as `launch scale` leaves it; its figures are made up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str = "study", gpu: str = "", share: float = 0.9, lost: str = "", **scale: Any) -> Any:
+        """The RunPaths of a study whose efficiency falls to `share` with each doubling.
+
+        Args:
+            name: of its folder.
+            gpu: what it ran on; empty = CPUs.
+            share: see above.
+            lost: labels that begin with this have no record.
+            scale: keys of the section, e.g. `gpus=[1, 2]`.
+        """
+        from rtshpc.core.load import load_run, write_cell, write_run_config
+        from rtshpc.core.paths import RunPaths
+        from rtshpc.core.records import write_json, write_record
+        from rtshpc.core.sizing.studies import scale_cells
+
+        generated = {"generated": {"sites": ["a"], "scenes_per_site": 4, "size_px": 64}}
+        data = {**DETECTOR["data"], "scenes": generated, "modalities": {"rgb": {"bands": ["red", "green", "blue"]}}}
+        section = {"gpus": [1, 2, 4], "concurrency": [1, 2], "tasks": [1, 2], "batch": 8, **scale}
+        facts = {**DETECTOR, "name": name, "data": data, "scale": section}
+        sweep, paths = self.folder / f"{name}.yaml", RunPaths(self.folder / name)
+        sweep.write_text(yaml.safe_dump(facts))
+        config = load_run(sweep)
+        cells = scale_cells(config, "f" * 64)
+        paths.create()
+        write_run_config(paths.config, config, {"data_fingerprint": "f" * 64, "commit": "0" * 40, "image": None})
+        planned = [
+            {"id": cell.id, "stage": cell.stage, "label": cell.label, "needs": list(cell.needs)} for cell in cells
+        ]
+        write_json(paths.plan, {"run": name, "cells": planned, "stages": [{"stage": "gather"}, {"stage": "scale"}]})
+        for number, cell in enumerate(cell for cell in cells if cell.scaling is not None):
+            write_cell(paths.cell(cell.id).config, cell)
+            if not lost or not cell.label.startswith(lost):
+                write_record(
+                    paths.cell(cell.id).record, self._record(cell, 100 + number - cell.scaling.part, gpu, share)
+                )
+        return paths
+
+    @staticmethod
+    def _record(cell: Any, job: int, gpu: str, share: float) -> Any:
+        """Of a job that took a minute, where nothing else ran."""
+        from rtshpc.core.cell import RESULT_VERSION
+        from rtshpc.core.records import Record
+
+        task = cell.scaling
+        speed = task.count * share ** (task.count.bit_length() - 1) * (1 + 0.01 * task.repeat)
+        slower = 1 / share ** (task.count - 1)
+        step = (task.batch or 8) / (10 * speed)
+        results: dict[str, Any] = {
+            **task.model_dump(mode="json"),
+            "nodes": -(-task.count // 2),
+            "rate": 10 * speed if task.kind != "array" else None,
+            "unit": {"array": "cells/h", "strong": "samples/s", "weak": "samples/s"}.get(task.kind, "chips/s"),
+            "seconds": [step, step, step],
+            "device": "cuda" if gpu else "cpu",
+            "gpu": gpu,
+            "job": f"{job}_{task.part}" if task.parts > 1 else str(job),
+            "series": str(job),
+            "ended": 1_790_000_000.0 + 60 * (1 + task.part // task.count) * slower,
+        }
+        return Record(
+            cell=cell.id,
+            stage="scale",
+            label=cell.label,
+            result_version=RESULT_VERSION["scale"],
+            started="2026-09-21T20:00:00+00:00",
+            seconds=60.0 * slower,
+            environment={"host": f"n{task.part % task.count}", "gpu": gpu or None, "torch": "2.14.1"},
+            results=results,
+        )
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(tmp_path)

@@ -20,6 +20,7 @@ from rtshpc.core.features import hashed_scales, scales_there
 from rtshpc.core.mapping.cells import inputs_same
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_record, shards_indexed
+from rtshpc.core.sizing.predict import predict_cell
 
 VARIABLE = ("finetune", "model", "seed")
 """What a grid may vary; with `model` (names of configs) or a key of it, every detector is pretrained of its own."""
@@ -84,6 +85,11 @@ def _settled(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": model, "finetune": finetune})
 
 
+def plain_of(config: RunConfig) -> RunConfig:
+    """The sweep as it is without its grid."""
+    return _settled(config.model_copy(update={"grid": {}}))
+
+
 def cells(config: RunConfig, fingerprint: str) -> list[Cell]:
     """All cells of a sweep in stage order; every cell comes after the cells it needs.
 
@@ -95,8 +101,8 @@ def cells(config: RunConfig, fingerprint: str) -> list[Cell]:
         GridError: see `combinations`.
     """
     combos = combinations(config)
-    plain = _settled(config.model_copy(update={"grid": {}}))
-    shards = _shard_cells(plain, fingerprint)
+    plain = plain_of(config)
+    shards = shard_cells(plain, fingerprint)
     gather = shards[-1]
     names = _pretrained_modalities(plain, combos)
     detectors = [_of_detector(plain, varied, variant) for varied, variant in combos]
@@ -118,7 +124,7 @@ def cells(config: RunConfig, fingerprint: str) -> list[Cell]:
         *(cell for one, told in detectors for cell in _measure_cells(one, tuned, fingerprint, told)),
         _summarise_cell(plain, fingerprint),
     ]
-    return _numbered(_unique(found))
+    return numbered(_unique([*predict_cell(config, found, fingerprint), *found]))
 
 
 def finished(cell: Cell, paths: RunPaths) -> Record | None:
@@ -215,7 +221,7 @@ def _cell(stage: str, hashed: Mapping[str, Any], label: str, config: RunConfig, 
     return Cell(id=identity, stage=stage, label=label, config=config, **fields)
 
 
-def _shard_cells(config: RunConfig, fingerprint: str) -> list[Cell]:
+def shard_cells(config: RunConfig, fingerprint: str) -> list[Cell]:
     """The preprocess tasks and, last, the gather cell.
 
     The gather cell's id says which data the shards hold, not how many tasks wrote them.
@@ -349,7 +355,7 @@ def _measure_cells(config: RunConfig, tuned: Sequence[Cell], fingerprint: str, v
     fused = [cell.modalities for cell in tuned]
     found: list[Cell] = []
     for modalities in dict.fromkeys(asked or [(config.finetune.primary,), *fused]):
-        arms = ("full",) if config.model.fusion.early else config.measure.arms
+        arms = ("full",) if config.model.fusion.early else config.measure.arms  # early fusion freezes nothing
         for arm in arms if len(modalities) > 1 else ("unimodal",):
             hashed = {
                 "model": _hashed_model(config, modalities),
@@ -378,7 +384,7 @@ def _unique(found: Sequence[Cell]) -> list[Cell]:
     return list(first.values())
 
 
-def _numbered(found: Sequence[Cell]) -> list[Cell]:
+def numbered(found: Sequence[Cell]) -> list[Cell]:
     """Cells in stage order, each with its index in its stage's array."""
     numbered: list[Cell] = []
     for stage in STAGES:

@@ -141,6 +141,16 @@ class RunPaths:
         return self.root / "ledger.jsonl"
 
     @property
+    def predicted(self) -> Path:
+        """One JSON object a line: memory and work of a training step, as predicted."""
+        return self.root / "predicted.jsonl"
+
+    @property
+    def usage(self) -> Path:
+        """What the run has spent over all attempts, when all were over; Slurm's accounting forgets."""
+        return self.root / "usage.json"
+
+    @property
     def bad_nodes(self) -> Path:
         """One JSON object a line: nodes that tasks found broken, and what they saw; new jobs avoid them."""
         return self.root / "bad_nodes.jsonl"

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from rtshpc.core.cell import Cell
-from rtshpc.core.config import RunConfig
 from rtshpc.core.config.run import NO_FILE, WEIGHT_FORMATS
 from rtshpc.core.errors import RunError
 from rtshpc.core.features import data_hash
 from rtshpc.core.load import read_cell
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import read_record
+from rtshpc.core.sizing.memory import channels_of
 from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.engine import checkpoint
 from rtshpc.engine.feed import derive_seed
@@ -23,11 +23,6 @@ from rtshpc.model.engines import build
 from rtshpc.model.features import StoredScales
 from rtshpc.model.imports.fit import load_file
 from rtshpc.model.weights import WeightsError, listed, load_backbone, load_heads, load_trainable
-
-
-def channels_of(config: RunConfig, modalities: tuple[str, ...]) -> dict[str, int]:
-    """Bands of each modality, in order (the primary first)."""
-    return {name: config.data.modalities[name].channels for name in modalities}
 
 
 def fresh(cell: Cell, paths: RunPaths | None = None, cached: bool = False) -> Detector:

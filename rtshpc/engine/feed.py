@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -123,6 +124,17 @@ def plan_steps(
             own = tuple(whole[rank::processes])
             weight = len(own) * processes / len(whole)
             yield Step(epoch, number, own or (whole[0],), weight)
+
+
+def full_steps(
+    samples: int, batch_size: int, seed: int, steps: int, rank: int = 0, processes: int = 1
+) -> Iterator[Step]:
+    """As `plan_steps`, for timing: so many steps of whole batches, whatever the chips; an epoch may end inside of one."""
+    order = (row for epoch in count(1) for row in epoch_order(samples, seed, epoch))
+    for number in range(1, steps + 1):
+        whole = list(islice(order, batch_size))
+        own = tuple(whole[rank::processes])
+        yield Step(1, number, own or (whole[0],), len(own) * processes / len(whole))
 
 
 class _Source:

@@ -71,10 +71,10 @@ def training_of(cell: Cell) -> TrainConfig:
 
 def _fit(group: Group, cell: Cell, paths: RunPaths, build: Build, progress: Progress) -> dict[str, Any]:
     config = training_of(cell)
-    with _computing(config, group.device), stop_requests() as stopped:
+    with computing(config, group.device), stop_requests() as stopped:
         if group.leads:
             progress("load", 0, 1)
-        training = _Training(group, cell, paths, build, progress if group.leads else SILENT, stopped)
+        training = Training(group, cell, paths, build, progress if group.leads else SILENT, stopped)
         try:
             return training.run()
         except Exception:
@@ -86,7 +86,7 @@ def _fit(group: Group, cell: Cell, paths: RunPaths, build: Build, progress: Prog
 
 
 @contextmanager
-def _computing(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def computing(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Threads and determinism of a training, put back afterwards."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
@@ -102,7 +102,7 @@ def _computing(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-class _Training:
+class Training:
     """The state of one training in one process."""
 
     def __init__(
@@ -179,14 +179,14 @@ class _Training:
         )
         pin = group.device.type == "cuda"
         for batch in batches(self.train_set, self.config, self.seed, steps, pin, self.train_scales):
-            self._step(batch)
+            self.step(batch)
             if position.done == self.per_epoch:
                 self._end_epoch()
             elif self._checkpoint_due():
                 self._save()
             self._stop_if_asked()
 
-    def _step(self, batch: TrainBatch) -> None:
+    def step(self, batch: TrainBatch) -> None:
         """One optimizer step."""
         began = time.monotonic()
         position, step = self.position, self.position.step + 1

@@ -141,6 +141,7 @@ class Spent:
         cpu_s: processor time, s.
         gpu_share: mean use of its GPUs, 0 to 1; None where the cluster does not sample it.
         nodes: where it ran.
+        node_count: on how many nodes.
     """
 
     job: str
@@ -155,6 +156,7 @@ class Spent:
     cpu_s: float
     gpu_share: float | None
     nodes: str
+    node_count: int = 1
 
 
 def ask_queue(jobs: Iterable[str]) -> dict[str, Queued] | None:
@@ -232,6 +234,7 @@ def _spent(row: Mapping[str, str], steps: Sequence[Mapping[str, str]]) -> Spent:
         cpu_s=max([own_cpu, *(seconds(step["TotalCPU"]) or 0.0 for step in steps)]),
         gpu_share=max(shares) / 100 if shares else None,
         nodes=row["NodeList"],
+        node_count=nodes,
     )
 
 

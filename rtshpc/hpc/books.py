@@ -51,6 +51,7 @@ class Attempt:
         peak_bytes: highest resident memory of a process of it; None when it could not say.
         cpu_s: processor time of all its processes, s; None when it could not say.
         gpu_peak_bytes: peak of the CUDA allocator; None without CUDA.
+        nodes: nodes it had.
     """
 
     started: str
@@ -64,6 +65,7 @@ class Attempt:
     peak_bytes: int | None = None
     cpu_s: float | None = None
     gpu_peak_bytes: int | None = None
+    nodes: int = 1
 
 
 def begin(folder: CellPaths, started: str) -> int:
@@ -143,9 +145,8 @@ def _ends(folder: CellPaths) -> dict[int, dict[str, Any]]:
 def _begun(row: Mapping[str, Any]) -> Attempt:
     gpus, cpus = int(row.get("gpus", 0)), int(row.get("cpus", 0))
     memory = row.get("memory_bytes")
-    return Attempt(
-        str(row["started"]), str(row.get("job", "")), str(row.get("host", "")), gpus, cpus, memory_bytes=memory
-    )
+    job, host = str(row.get("job", "")), str(row.get("host", ""))
+    return Attempt(str(row["started"]), job, host, gpus, cpus, memory_bytes=memory, nodes=int(row.get("nodes", 1)))
 
 
 def _ended(attempt: Attempt, row: Mapping[str, Any]) -> Attempt:
@@ -182,6 +183,7 @@ def _given() -> dict[str, Any]:
         "gpus": len(named) * nodes,
         "cpus": int(known.get("SLURM_CPUS_ON_NODE", "0")) * nodes,
         "memory_bytes": (int(memory) << 20) * nodes if memory.isdigit() else None,
+        "nodes": nodes,
     }
 
 

@@ -17,7 +17,7 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import BadNode, RunError
 from rtshpc.core.paths import COMMIT_FILE
 
-GPU_STAGES = frozenset({"pretrain", "features", "finetune", "evaluate", "measure", "map"})
+GPU_STAGES = frozenset({"pretrain", "features", "finetune", "evaluate", "measure", "map", "scale"})
 """Stages that use a GPU where the site has one; the others would let it idle."""
 
 GPU_FAULTS = (
@@ -41,7 +41,7 @@ GPU_FAULTS = (
 """What CUDA and nvidia-smi say of a GPU or driver that is broken, in small letters; a task's own mistakes (an illegal
 access, too little memory) read otherwise."""
 
-TRAININGS = frozenset({"pretrain", "finetune"})
+TRAININGS = frozenset({"pretrain", "finetune", "scale"})
 """Stages whose task may be several, over nodes."""
 
 FIRST_PORT, PORTS = 20000, 20000
@@ -76,7 +76,7 @@ class Request:
 
 
 def request(site: SiteConfig, stage: str) -> Request:
-    """What a job of `stage` asks for at `site`; a training over several nodes has a task for each of its GPUs."""
+    """What a job of `stage` asks for at `site`; a training has `site.tasks` on each of `site.nodes`."""
     gpus = site.gpus if stage in GPU_STAGES else 0
     nodes, tasks = (site.nodes, site.tasks) if stage in TRAININGS else (1, 1)
     return Request(site.cpus, site.memory_gb * tasks, gpus, site.minutes, nodes, tasks)

@@ -16,13 +16,15 @@ from rtshpc.launch.commands.jobs import cancel, logs, retry
 from rtshpc.launch.commands.map import map_
 from rtshpc.launch.commands.report import report
 from rtshpc.launch.commands.status import status
-from rtshpc.launch.commands.sweep import plan, sweep
+from rtshpc.launch.commands.sweep import measure, plan, scale, sweep
 from rtshpc.launch.commands.tools import assess, check, params, track, weights
 from rtshpc.launch.commands.usage import usage
 
 COMMANDS = (
     sweep,
     plan,
+    measure,
+    scale,
     map_,
     status,
     logs,

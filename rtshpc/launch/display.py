@@ -17,6 +17,8 @@ from rtshpc.core.cell import Cell
 from rtshpc.core.grid import finished
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_json
+from rtshpc.core.sizing.measured import refusal
+from rtshpc.core.sizing.scaling import scale_points, scale_rows
 
 if TYPE_CHECKING:
     from rtshpc.hpc.executor import Job
@@ -148,7 +150,10 @@ def headline(record: Record) -> str:
     if record.stage == "evaluate":
         return f"mask AP50 {number(_deep(results, 'mask', 'AP50'))}"
     if record.stage == "measure":
-        return f"{number(results.get('sum_bytes'), MIB)} MiB"
+        return refusal(results) or f"{number(_memory_peak(results), MIB)} MiB"
+    if record.stage == "scale":
+        rate = results.get("rate") or results.get("samples_per_second")
+        return f"{number(rate)} {'samples/s' if results.get('rate') is None else results.get('unit')}"
     if record.stage == "map":
         refused = results.get("rejected")
         return (
@@ -166,12 +171,44 @@ def headline(record: Record) -> str:
 
 def tables(cells: Sequence[Cell], paths: RunPaths) -> list[Table]:
     """AP50 of every scored cell and peak memory of every measured one; only tables with rows."""
-    records = [record for cell in cells if (record := finished(cell, paths)) is not None]
+    done = [record for cell in cells if (record := finished(cell, paths)) is not None]
+    records = [record for record in done if not refusal(record.results)]
     scores = [record.results for record in records if record.stage == "evaluate"]
     peaks = [record for record in records if record.stage == "measure"]
     return [
         table for table in (_scores(scores) if scores else None, _memory(peaks) if peaks else None) if table is not None
     ]
+
+
+def scaling_facts(paths: RunPaths) -> dict[str, Any]:
+    """What a scaling study has measured as JSON: `points` (ScalePoint) and `rows` (ScaleRow: medians over repeats)."""
+    points = scale_points(paths)
+    rows = [row.model_dump(mode="json") for row in scale_rows(points)]
+    return {"path": str(paths.root), "points": [point.model_dump(mode="json") for point in points], "rows": rows}
+
+
+def scaling_table(paths: RunPaths) -> Table:
+    """What a scaling study has measured: medians over repeats, and quartiles."""
+    rows = scale_rows(scale_points(paths))
+    told = "medians over repeats, quartiles in brackets" if rows else f"nothing is measured yet in {paths.root}"
+    table = Table(title=f"Scaling: {told}", title_justify="left")
+    table.add_column("kind")
+    for name in ("count", "nodes", "repeats", "batch", "rate", "", "speed-up", "efficiency", "on"):
+        table.add_column(name, justify="left" if name in ("", "on") else "right")
+    for row in rows:
+        table.add_row(
+            row.kind,
+            str(row.count),
+            str(row.nodes),
+            str(row.repeats),
+            str(row.batch or "-"),
+            f"{row.rate:.4g} ({row.low:.4g}-{row.high:.4g})",
+            row.unit,
+            f"{row.speed_up:.2f}" if row.base == 1 else f"{row.speed_up:.2f} (of {row.base})",
+            f"{row.efficiency:.0%}",
+            row.gpu or row.device,
+        )
+    return table
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -193,24 +230,28 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _memory(records: Sequence[Record]) -> Table:
-    table = Table(title="Memory of one sample, forward and backward, MiB", title_justify="left")
+    table = Table(title="Memory of a training step, MiB", title_justify="left")
     table.add_column("detector")
-    names = ("parameters", "gradients", "activations", "sum", "peak", "of")
-    for name in names:
+    names = ("params", "grads", "activations", "optim_state")
+    for name in ("parameters", "gradients", "activations", "optimizer", "peak", "of", "s/step"):
         table.add_column(name, justify="right")
     for record in records:
         row = record.results
-        on_gpu = row.get("allocator_peak_bytes") is not None
-        peak = row.get("allocator_peak_bytes" if on_gpu else "rss_peak_bytes")
-        figures = [row.get(f"{name}_bytes") for name in names[:4]]
-        source = "CUDA allocator" if on_gpu else "process (RSS)"
-        table.add_row(record.label.removeprefix("measure "), *(number(one, MIB) for one in (*figures, peak)), source)
+        figures = [number(row.get(name), MIB) for name in names]
+        source = "CUDA allocator" if row.get("backend") == "cuda" else "tensors alive"
+        peak, seconds = number(_memory_peak(row), MIB), number(row.get("step_seconds"), places=3)
+        table.add_row(record.label.removeprefix("measure "), *figures, peak, source, seconds)
     return table
 
 
-def number(value: Any, unit: float = 1) -> str:
-    """One decimal, or a dash for what is not defined."""
-    return f"{value / unit:.1f}" if isinstance(value, int | float) else "-"
+def _memory_peak(results: Mapping[str, Any]) -> Any:
+    """Peak of forward and backward: the allocator's, on a CPU that of all tensors alive."""
+    return results.get("alloc_peak_fb" if results.get("backend") == "cuda" else "live_peak_fb")
+
+
+def number(value: Any, unit: float = 1, places: int = 1) -> str:
+    """A number of so many decimals, or a dash for what is not defined."""
+    return f"{value / unit:.{places}f}" if isinstance(value, int | float) else "-"
 
 
 def _deep(values: Mapping[str, Any], *keys: str) -> Any:

@@ -187,7 +187,8 @@ def _chips_at_once(cell: Cell, site: SiteConfig) -> int:
         return 1
     training = cell.config.pretrain if cell.stage == "pretrain" else cell.config.finetune
     asked = request(site, cell.stage)
-    processes = asked.nodes * asked.tasks if asked.nodes > 1 else training.processes
+    together = asked.nodes * asked.tasks
+    processes = together if together > 1 else training.processes
     share = -(-training.batch_size // processes)
     return min(share, site.micro_batch or share)
 

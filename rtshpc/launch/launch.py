@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from rtshpc.core.cell import MAP_STAGES
+from rtshpc.core.errors import RunError
+from rtshpc.core.sizing.predict import STAGE as PREDICT
 from rtshpc.hpc.books import bad_nodes
+from rtshpc.hpc.container import command
 from rtshpc.hpc.executor import refuse_unusable
-from rtshpc.launch.display import Display, make_console, tables
-from rtshpc.launch.plan import MapPlan, Plan
+from rtshpc.launch.display import Display, make_console, scaling_table, tables
+from rtshpc.launch.plan import MapPlan, Plan, ScalePlan
+from rtshpc.launch.plan.forecast import can_trace
 from rtshpc.launch.schedule import Outcome, Scheduler
 from rtshpc.launch.submit import Ledger, launcher_lock, mend_cells, prepare, refuse_other_data, submit_arrays
+from rtshpc.launch.usage import keep_usage
 
 FEW = 20
 """So many scenes that are not in the layers are named."""
@@ -56,10 +64,35 @@ def launch(make: Callable[[], Plan], only_prepare: bool = False) -> int:
             for line in by_hand(plan):
                 console.print(line, markup=False, soft_wrap=True)
             return 0
+        if predict_first(console, plan):
+            plan = make()
         ledger = Ledger(plan.paths)
         if plan.config.site.executor == "slurm":
             return _to_slurm(console, plan, ledger)
         return _here(console, plan, ledger)
+
+
+def predict_first(console: Console, plan: Plan) -> bool:
+    """Say whether the trainings fit the site's GPUs, where that can be told on this machine; a job does it elsewhere.
+
+    Raises:
+        RunError: some do not; nothing is submitted.
+    """
+    cell = next((cell for cell in plan.todo if cell.stage == PREDICT), None)
+    # The trace needs no GPU, and a login node has none to give to an image.
+    site = plan.config.site.model_copy(update={"gpus": 0})
+    if cell is None or not can_trace(site):
+        return False
+    console.print(f"{plan.paths.root}: predicting memory, once", markup=False, soft_wrap=True)
+    arguments = ["-m", "rtshpc.stages", PREDICT, "--run-dir", str(plan.paths.root), "--task", cell.id]
+    folders = [Path.cwd(), plan.paths.root]
+    done = subprocess.run(
+        command(site, arguments, folders, sys.executable), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RunError(said[-1].removeprefix("error: "))
+    return True
 
 
 def by_hand(plan: Plan) -> list[str]:
@@ -71,7 +104,9 @@ def by_hand(plan: Plan) -> list[str]:
         if stage == "summarise":
             lines.append(f"python -m rtshpc.launch report {run}")
             continue
-        template = "preprocess" if stage in ("preprocess", "gather") else "map" if stage in MAP_STAGES else "pretrain"
+        template = (
+            "preprocess" if stage in (PREDICT, "preprocess", "gather") else "map" if stage in MAP_STAGES else "pretrain"
+        )
         most = site.max_array if template == "map" else count  # a sweep has fewer cells than any array may have
         for first in range(0, count, most):
             given = f"RTSHPC_RUN={run} RTSHPC_STAGE={stage}" + (f" RTSHPC_FIRST={first}" if first else "")
@@ -93,6 +128,8 @@ def _here(console: Console, plan: Plan, ledger: Ledger) -> int:
         text = f"stopped; run the same line again, or `retry {plan.paths.root}`, to go on"
         console.print(text, markup=False, soft_wrap=True)
         return 130
+    with suppress(OSError, RunError):  # a full disk is told by what failed for it
+        keep_usage(plan.paths, launching=True)
     _results(console, plan)
     return _failures(console, outcome)
 
@@ -122,6 +159,8 @@ def _results(console: Console, plan: Plan) -> None:
         console.print(f"report: {plan.paths.report_page}", markup=False, soft_wrap=True)
     if isinstance(plan, MapPlan):
         _map_results(console, plan)
+    if isinstance(plan, ScalePlan):
+        console.print(scaling_table(plan.paths))
 
 
 def _map_results(console: Console, plan: MapPlan) -> None:

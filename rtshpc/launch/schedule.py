@@ -12,10 +12,11 @@ from rtshpc.core.cell import LENIENT, Cell
 from rtshpc.core.grid import finished
 from rtshpc.core.paths import CellPaths
 from rtshpc.core.records import Record, read_json, read_record, write_json
+from rtshpc.core.sizing.studies import batch_of
 from rtshpc.hpc.executor import Job, stop, submit
 from rtshpc.launch.display import Display
 from rtshpc.launch.plan import Plan
-from rtshpc.launch.submit import Ledger
+from rtshpc.launch.submit import Ledger, undo
 
 POLL_SECONDS = 0.1
 
@@ -62,12 +63,11 @@ class Scheduler:
         Raises:
             KeyboardInterrupt: after all processes were ended; what they saved is resumed next time.
         """
-        most = 1 if self._plan.config.site.executor == "debug" else self._plan.config.site.max_jobs
         try:
             while self._waiting or self._running:
                 self._collect()
                 self._block()
-                for cell in self._ready()[: most - len(self._running)]:
+                for cell in self._ready()[: max(0, self._most() - len(self._running))]:
                     self._start(cell)
                 self._display.show(self._running, len(self._waiting), len(self._plan.todo))
                 time.sleep(POLL_SECONDS if self._running else 0)
@@ -75,6 +75,11 @@ class Scheduler:
             stop([running.job for running in self._running])
             raise
         return self.outcome
+
+    def _most(self) -> int:
+        """Cells at once; a scaling study says it of each of its measurements."""
+        site = next((one.cell for one in self._running), next(iter(self._ready()), self._plan.cells[0])).config.site
+        return 1 if site.executor == "debug" else site.max_jobs
 
     def _ready(self) -> list[Cell]:
         """Waiting cells whose needs are met; a need that is no cell of this plan was met before it."""
@@ -85,6 +90,9 @@ class Scheduler:
         ready = [cell for cell in rest if not (open_ids if cell.stage in LENIENT else missing).intersection(cell.needs)]
         if not rest and not self._running:
             return self._waiting
+        if ready and ready[0].stage == "scale":
+            batch = batch_of(self._running[0].cell if self._running else ready[0])
+            return [cell for cell in ready if batch_of(cell) == batch]
         return ready
 
     def _block(self) -> None:
@@ -99,9 +107,8 @@ class Scheduler:
 
     def _start(self, cell: Cell) -> None:
         self._waiting.remove(cell)
-        if cell.stage == "summarise":
-            self._plan.paths.cell(cell.id).record.unlink(missing_ok=True)
-        site = self._plan.config.site
+        undo(self._plan.paths, [cell])
+        site = cell.config.site
         job = submit(site, self._plan.paths, cell.stage, [cell.id])[0]
         self._ledger.add(cell, job, site.executor)
         self._running.append(Running(cell, job, time.monotonic()))

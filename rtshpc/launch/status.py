@@ -21,6 +21,7 @@ from rtshpc.core.grid import finished, valid_record
 from rtshpc.core.load import read_cell, read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import Record, read_json, read_record
+from rtshpc.core.sizing.predict import GUARDED, STAGE as PREDICT
 from rtshpc.hpc import books
 from rtshpc.hpc.accounting import OUT_OF_MEMORY, Queued, Spent, ask_books, ask_queue, how_ended, why_waiting
 from rtshpc.launch.display import headline
@@ -143,6 +144,7 @@ def run_status(paths: RunPaths) -> dict[str, Any]:
             lost.add(name)
         rows.append(row)
     _preprocess_over(rows)
+    _predict_over(rows)
     _features_over(rows, planned)
     stages = [
         {"stage": stage, **_counts([row for row in rows if row["stage"] == stage])}
@@ -223,6 +225,14 @@ def _preprocess_over(rows: list[dict[str, Any]]) -> None:
     if any(row["stage"] == "gather" and row["state"] == "done" for row in rows):
         for row in rows:
             if row["stage"] == "preprocess" and row["state"] in ("waiting", "failed"):
+                row["state"] = "done"
+
+
+def _predict_over(rows: list[dict[str, Any]]) -> None:
+    """A prediction is of no use once all that it is about is done."""
+    if all(row["state"] == "done" for row in rows if row["stage"] in GUARDED):
+        for row in rows:
+            if row["stage"] == PREDICT and row["state"] == "waiting":
                 row["state"] = "done"
 
 

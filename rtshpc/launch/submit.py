@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from rtshpc.core.records import append_lines, locked, read_lines, read_plan, wri
 from rtshpc.hpc.container import image_facts
 from rtshpc.hpc.executor import Job, queue_length, script, slurm_states, submit
 from rtshpc.hpc.site import code_version
-from rtshpc.launch.plan import Array, MapPlan, Plan, arrays
+from rtshpc.launch.plan import Array, MapPlan, Plan, ScalePlan, arrays, guards, waits_for
 
 LOCK_SECONDS = 2.0
 """How long a launcher tries for its run: `status` holds the lock for an instant to see whether it is held."""
@@ -159,8 +159,10 @@ def refuse_other_data(plan: Plan) -> None:
     facts = read_plan(plan.paths.plan)
     if facts is None:
         return
-    if any(cell["stage"] in MAP_STAGES for cell in facts["cells"]):
-        raise RunError(f"{plan.paths.root}: is the folder of a map run; give another name (--set name=NAME)")
+    stages = {str(cell["stage"]) for cell in facts["cells"]}
+    if not stages.isdisjoint(MAP_STAGES) or ("scale" in stages) != isinstance(plan, ScalePlan):
+        kind = "scaling study" if "scale" in stages else "sweep" if stages.isdisjoint(MAP_STAGES) else "map run"
+        raise RunError(f"{plan.paths.root}: is the folder of a {kind}; give another name (--set name=NAME)")
     made = [cell for cell in facts["cells"] if cell["stage"] == "preprocess"]
     kept = any(plan.paths.cell(str(cell["id"])).record.is_file() for cell in made)
     if not kept or facts.get("gather") in (None, plan.gather.id):
@@ -230,13 +232,17 @@ def submit_arrays(plan: Plan, ledger: Ledger) -> Submission:
     if states is None:
         raise RunError("squeue cannot be asked which jobs of this run are still there; try again later")
     queued = _living(plan.todo, {name: known[name] for name in todo if known.get(name) in states})
+    todo = {cell.id: cell for cell in plan.beside(queued)}
     room = _room(site)
     jobs: dict[int, str] = {}
     sent: list[Cell] = []
-    for array in arrays(plan.todo, queued, site.max_array):
+    for array in arrays(list(todo.values()), queued, site.max_array):
         cells = array.cells if room is None else array.cells[: room - len(sent)]
+        if array.stage == "scale" and len(cells) < len(array.cells):
+            cells = ()  # a part of a measurement would be for nothing
         if cells:
-            made = submit(site, plan.paths, array.stage, [cell.id for cell in cells], array.dependency(jobs))
+            undo(plan.paths, cells)
+            made = submit(array.site, plan.paths, array.stage, [cell.id for cell in cells], array.dependency(jobs))
             ledger.add_all(cells, made, "slurm")
             jobs[array.number] = made[0].id.partition("_")[0]
             sent += cells
@@ -247,12 +253,19 @@ def submit_arrays(plan: Plan, ledger: Ledger) -> Submission:
     return Submission(tuple(sent), tuple(todo[name] for name in queued if name not in handed), tuple(held_back))
 
 
+def undo(paths: RunPaths, cells: Iterable[Cell]) -> None:
+    """Remove the records of cells that run again although they are done: what reads others, and part of a measurement."""
+    for cell in cells:
+        if cell.stage in ("summarise", "scale"):
+            paths.cell(cell.id).record.unlink(missing_ok=True)
+
+
 def _living(todo: Sequence[Cell], queued: Mapping[str, str]) -> dict[str, str]:
     """Queued jobs that can still begin: Slurm drops those that wait for a cell that ended and is not done, but not at once."""
     living: dict[str, str] = {}
-    wanted = {cell.id for cell in todo}
+    wanted, guarding = {cell.id for cell in todo}, guards(todo)
     for cell in todo:
-        if cell.id in queued and all(need in living for need in cell.needs if need in wanted):
+        if cell.id in queued and all(need in living for need in waits_for(cell, guarding) if need in wanted):
             living[cell.id] = queued[cell.id]
     return living
 
@@ -281,5 +294,6 @@ def scripts(plan: Plan) -> list[tuple[Array, str]]:
     found = arrays(plan.todo, {}, site.max_array)
     names = {array.number: f"JOB{array.number + 1}" for array in found}
     return [
-        (array, script(site, plan.paths, array.stage, len(array.cells), array.dependency(names))) for array in found
+        (array, script(array.site, plan.paths, array.stage, len(array.cells), array.dependency(names)))
+        for array in found
     ]

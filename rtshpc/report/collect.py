@@ -12,17 +12,18 @@ import yaml
 from pydantic import ValidationError
 
 from rtshpc.core import grid
-from rtshpc.core.cell import STAGES, Cell
+from rtshpc.core.cell import RESULT_VERSION, STAGES, Cell
 from rtshpc.core.errors import RtshpcError
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import Record, read_json, read_lines, read_record
+from rtshpc.core.sizing.measured import refusal
 
 NOT_RUN = "no record: not run, or not finished"
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """One cell of the run with its record, or with why there is none.
+    """One cell of the run with its record, or with why there is none: a record that reports refuse counts as none.
 
     Attributes:
         reason: why there is no record; empty where there is one.
@@ -163,6 +164,10 @@ def _read_cell(paths: CellPaths) -> tuple[Cell | None, str]:
 def _read_result(cell: Cell, paths: CellPaths) -> CellResult:
     record = read_record(paths.record)
     if record is not None and record.cell == cell.id and record.stage == cell.stage:
+        if refused := refusal(record.results):
+            return CellResult(cell, paths, None, refused)
+        if record.result_version != RESULT_VERSION[cell.stage]:
+            return CellResult(cell, paths, None, "the record is of another version of the code")
         rows = tuple(row for row in read_lines(paths.metrics) if isinstance(row, dict))
         return CellResult(cell, paths, record, metrics=rows)
     failure = read_json(paths.failure)

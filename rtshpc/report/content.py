@@ -132,7 +132,7 @@ def _saving(records: RunRecords) -> tuple[str, Entry]:
     label = "Peak memory, pretrained over full"
     for group in memory.groups(records)[0]:
         pairs = [(row, memory.ratio(group, row)) for row in group.rows]
-        measured_pairs = [(row, entry) for row, entry in pairs if entry.kind == "number"]
+        measured_pairs = [(row, entry) for row, entry in pairs if entry.kind == "number" and row.arm == "pretrained"]
         if measured_pairs:
             row, entry = measured_pairs[-1]
             return label, dataclasses.replace(entry, note=f"{modality_set(row.modalities)}; {group.label}")
@@ -222,7 +222,11 @@ def _memory(records: RunRecords) -> Part:
         "memory",
         "Memory",
         tuple(paragraphs),
-        tuple(_quiet(memory.memory_table(group, i)) for i, group in enumerate(made)),
+        tuple(
+            _quiet(make(group, i))
+            for i, group in enumerate(made)
+            for make in (memory.memory_table, memory.device_table)
+        ),
         (*charts, figures.paper_memory_bars()),
     )
 

@@ -173,7 +173,7 @@ def ap50_bars(rows: Sequence[Scored]) -> Picture | None:
 
 
 def memory_bars(group: Group, position: int) -> Picture:
-    """The parts of the peak as stacked bars, one for each modality set and arm; on CUDA the allocator peak as a line."""
+    """The parts of the peak as stacked bars, one for each modality set and arm; the peak as a line."""
     with mpl.rc_context(STYLE):
         figure, axes = axes_of(0.9 + 0.46 * len(group.rows))
         for i, row in enumerate(group.rows):
@@ -193,20 +193,18 @@ def memory_bars(group: Group, position: int) -> Picture:
                 left += width
             axes.text(0, i - 0.29, _short(row.name, 48), va="bottom", ha="left", fontsize=8.5)
             peak = (row.peak(group.key) or 0.0) / MIB
-            if group.backend == "cuda":
-                axes.plot([peak, peak], [i - 0.29, i + 0.29], color=INK, linewidth=2)
+            axes.plot([peak, peak], [i - 0.29, i + 0.29], color=INK, linewidth=2)
             _value(axes, max(left, peak), i, _thousands(peak, 0 if peak >= 10 else 1))
         top = max(
             [sum(row.peak(key) or 0 for key, _ in PARTS) for row in group.rows]
             + [row.peak(group.key) or 0 for row in group.rows]
         )
         _bar_axes(axes, len(group.rows), max(top / MIB, 1e-6), f"MiB ({group.label})")
-        _part_legend(figure, group.backend)
+        _part_legend(figure)
         svg = saved(figure)
-    bold = "bold: peak of the CUDA allocator (black line)" if group.backend == "cuda" else "bold: their sum"
     caption = (
-        f"{group.label}, {group.device}, {group.protocol}. Parameters, gradients and activations of one sample, model, "
-        f"forward and backward, MiB; {bold}."
+        f"{group.label}, {group.device}, {group.protocol}. Parameters, gradients and activations of a step, MiB; bold, "
+        f"with a black line: {group.meaning}."
     )
     name = "memory" if position == 0 else f"memory_{position + 1}"
     return Picture(name, f"Memory here: {group.label}", caption, svg)
@@ -257,7 +255,7 @@ def _bar_axes(axes: Axes, bars: int, top: float, label: str) -> None:
     axes.set_xlabel(label)
 
 
-def _part_legend(figure: Figure, backend: str) -> None:
+def _part_legend(figure: Figure) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -265,8 +263,7 @@ def _part_legend(figure: Figure, backend: str) -> None:
         Patch(facecolor=colour, edgecolor=INK, hatch=hatch, linewidth=0.6, label=name)
         for (_, name), colour, hatch in zip(PARTS, PART_COLOURS, _HATCHES, strict=True)
     ]
-    if backend == "cuda":
-        handles.append(Line2D([], [], color=INK, linewidth=2, label="Peak"))
+    handles.append(Line2D([], [], color=INK, linewidth=2, label="Peak"))
     figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8.5)
 
 

@@ -30,6 +30,7 @@ from rtshpc.mapping.pieces import Piece, piece, write_pieces
 from rtshpc.mapping.scenes.strips import ReadFacts, Strip, read_ahead, strips
 from rtshpc.mapping.scenes.survey import layout_of
 from rtshpc.model.detections import Detections
+from rtshpc.model.detector import Detector
 
 Detect = Callable[[dict[str, Tensor]], list[Detections]]
 """Modality -> images (B, C, H, W) to detections, one an image, on the CPU."""
@@ -94,10 +95,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         progress("load", 0, 1)
         detect = _detect(cell, device)
         told["device"] = device.type
-        layout = layout_of(scene.ground, cell.config.data, cell.config.map)
-        chips = layout.blocks(cell.config.map.block_px)[cell.block]
-        ready = ready_chips(scene, scene.ground, layout, chips, cell.config, facts)
-        found = find_pieces(ready, detect, cell.config, layout, lambda done: progress("map", done, len(chips)))
+        found = map_block(scene, cell.block, cell.config, detect, facts, lambda done, of: progress("map", done, of))
     except SceneRejected as error:
         if scene.scene.image.startswith(VIRTUAL) and error.reason == "unreadable":
             raise RunError(f"{error.detail}; `retry` reads it again") from None
@@ -118,6 +116,34 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     }
 
 
+def map_block(
+    scene: MapScene,
+    block: int,
+    config: RunConfig,
+    detect: Detect,
+    facts: ReadFacts,
+    told: Callable[[int, int], None] = lambda done, of: None,
+) -> Found:
+    """What the detector sees in one block of a scene.
+
+    Args:
+        scene: one with a ground.
+        block: its number.
+        config: with `map.modalities` and what they are normalised with.
+        detect: the detector.
+        facts: filled in, see `strips`.
+        told: called with the chips that are done, and all of them.
+
+    Raises:
+        SceneRejected: its files cannot be used.
+    """
+    assert scene.ground is not None
+    layout = layout_of(scene.ground, config.data, config.map)
+    chips = layout.blocks(config.map.block_px)[block]
+    ready = ready_chips(scene, scene.ground, layout, chips, config, facts)
+    return find_pieces(ready, detect, config, layout, lambda done: told(done, len(chips)))
+
+
 def _detect(cell: Cell, device: torch.device) -> Detect:
     """The cell's detector as a function.
 
@@ -126,8 +152,11 @@ def _detect(cell: Cell, device: torch.device) -> Detect:
     """
     if not cell.config.model.roi.mask:
         raise RunError(f"{cell.config.map.model}: detects boxes without masks (roi.mask = false), which make no map")
-    detector = mapping_detector(cell).to(device)
-    precision = cell.config.map.precision
+    return detecting(mapping_detector(cell).to(device), device, cell.config.map.precision)
+
+
+def detecting(detector: Detector, device: torch.device, precision: str) -> Detect:
+    """A detector in eval mode on `device`, as a function."""
 
     def detect(images: dict[str, Tensor]) -> list[Detections]:
         with torch.inference_mode(), autocast(device, precision):

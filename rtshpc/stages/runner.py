@@ -188,6 +188,7 @@ def _set_threads(cell: Cell) -> None:
         "pretrain": config.pretrain,
         "features": config.finetune,
         "finetune": config.finetune,
+        "scale": config.finetune,
         "map": config.map,
     }
     section = sections.get(cell.stage)

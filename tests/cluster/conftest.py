@@ -32,7 +32,7 @@ model:
 pretrain: &training {epochs: 2, batch_size: 2, checkpoint_seconds: 0.0}
 finetune: *training
 evaluate: {gallery: 0}
-measure: {modality_sets: [[rgb]], chip_px: 64, precision: fp32, repeats: 1}
+measure: {modality_sets: [[rgb]], chip_px: 64, precision: fp32, repeats: 1, warmups: 1}
 site: lab
 """
 

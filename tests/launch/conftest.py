@@ -25,6 +25,7 @@ data:
 model: tiny
 site: {name: here, executor: local, max_jobs: 2}
 finetune: {epochs: 1}
+measure: {chip_px: 64, precision: fp32, repeats: 1, warmups: 1}
 """
 
 

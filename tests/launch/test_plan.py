@@ -65,8 +65,8 @@ def test_a_plan_shows_what_is_done(launcher: Launcher) -> None:
 
 
 def test_until_preprocess_takes_the_index_along() -> None:
-    assert stages_until("preprocess") == ("preprocess", "gather")
-    assert stages_until("pretrain") == ("preprocess", "gather", "pretrain")
+    assert stages_until("preprocess") == ("predict", "preprocess", "gather")
+    assert stages_until("pretrain") == ("predict", "preprocess", "gather", "pretrain")
     with pytest.raises(RtshpcError, match=r"--until = .* is unknown"):
         stages_until("pretran")
 

@@ -12,7 +12,7 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import RunError
 from rtshpc.core.grid import cells
 from rtshpc.core.load import load_run, write_run_config
-from rtshpc.core.records import Record, append_line, write_json, write_record
+from rtshpc.core.records import Record, append_line, read_json, write_json, write_record
 from rtshpc.hpc.executor import Job
 from rtshpc.launch.__main__ import main
 from rtshpc.launch.commands.status import clock
@@ -223,6 +223,29 @@ def test_a_cell_is_named_by_id_beginning_label_or_words_of_it(plan: Plan) -> Non
         find_planned(plan.paths, "gathr")
 
 
+def test_status_keeps_what_a_finished_run_has_cost_and_asks_again_only_for_new_attempts(
+    study: Any, programs: Any
+) -> None:
+    paths = study()
+    plan = read_json(paths.plan)
+    write_json(paths.plan, plan | {"cells": [cell for cell in plan["cells"] if cell["stage"] == "scale"]})
+    programs.says("sacct", "")
+    cell = next(paths.cells.iterdir())
+    begin = {"started": "2026-01-02T03:00:00+00:00", "job": "", "cpus": 4, "nodes": 2}
+    append_line(cell / "attempts.jsonl", begin)
+    append_line(cell / "spent.jsonl", {"attempt": 1, "ended": "2026-01-02T04:00:00+00:00", "how": "failed"})
+    assert main(["status", str(paths.root)]) == 0
+    kept = read_json(paths.usage)
+    assert (kept["total"]["node_hours"], kept["total"]["cpu_hours"], kept["by_end"]["failed"]) == (2.0, 4.0, 4.0)
+    before = paths.usage.stat().st_mtime_ns
+    assert main(["status", str(paths.root)]) == 0
+    assert paths.usage.stat().st_mtime_ns == before
+    append_line(cell / "attempts.jsonl", begin | {"started": "2026-01-02T05:00:00+00:00"})
+    append_line(cell / "spent.jsonl", {"attempt": 2, "ended": "2026-01-02T06:00:00+00:00", "how": "done"})
+    assert main(["status", str(paths.root)]) == 0
+    assert read_json(paths.usage)["total"]["node_hours"] == 4.0
+
+
 def test_usage_adds_up_every_attempt_by_sacct_or_else_by_what_the_tasks_noted(
     plan: Plan, programs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +279,8 @@ def test_usage_adds_up_every_attempt_by_sacct_or_else_by_what_the_tasks_noted(
     silent = plan.config.site.model_copy(update={"accounting": False})
     write_run_config(plan.paths.config, plan.config.model_copy(update={"site": silent}), {})
     questions = len(programs.asked("sacct"))
+    assert (asked()["source"], asked()["total"]["gpu_hours"]) == ("both", 3.5)  # usage.json has not forgotten
+    plan.paths.usage.unlink()
     assert asked()["source"] == "own books" and len(programs.asked("sacct")) == questions
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies as st
 
 from rtshpc.core.paths import CellPaths
 from rtshpc.core.records import append_line
 from rtshpc.hpc import books
 from rtshpc.hpc.accounting import Spent
-from rtshpc.launch.usage import Taken, by_end, run_hints, stage_hints, taken_by, together
+from rtshpc.launch.usage import Taken, by_end, matched, reconcile, run_hints, stage_hints, taken_by, together
 
 GIB = 1 << 30
 
@@ -67,7 +69,7 @@ def test_books_of_an_older_form_count_their_attempts(cell: CellPaths) -> None:
     for hour in (3, 4):
         append_line(cell.attempts, {"started": f"2026-01-02T0{hour}:00:00+00:00", "host": "n", "pid": 1})
     assert [one.gpus for one in books.attempts(cell)] == [0, 0]
-    assert together(taken_by([], books.attempts(cell), True, False)).attempts == 2
+    assert together(taken_by(matched([], books.attempts(cell)), True)).attempts == 2
 
 
 def spent(**other: object) -> Spent:
@@ -89,19 +91,19 @@ def spent(**other: object) -> Spent:
 
 
 def test_gpu_hours_are_those_of_all_attempts() -> None:
-    taken = taken_by([spent(state="NODE_FAIL", elapsed_s=1800, cpu_s=0.0), spent()], [], True, False)
+    taken = taken_by(matched([spent(state="NODE_FAIL", elapsed_s=1800, cpu_s=0.0), spent()], []), True)
     assert together(taken).gpu_hours == 1.5
     assert by_end(taken) == {"done": 1.0, "failed": 0.0, "interrupted": 0.5, "running": 0.0}
     assert together(taken).memory_share == 9 / 32
 
 
 def test_completed_without_a_record_has_failed() -> None:
-    assert taken_by([spent()], [], False, False)[0].end == "failed"
+    assert taken_by(matched([spent()], []), False)[0].end == "failed"
 
 
 def test_gpus_that_accounting_does_not_count_are_those_the_task_saw() -> None:
     noted = [books.Attempt("2026-01-02T03:00:00+00:00", "7_0", "n", 2, 8, 60.0, "done", gpu_peak_bytes=5 * GIB)]
-    (one,) = taken_by([spent(gpus=0)], noted, True, False)
+    (one,) = taken_by(matched([spent(gpus=0)], noted), True)
     assert (one.gpus, one.gpu_peak_bytes) == (2, 5 * GIB)
 
 
@@ -142,3 +144,71 @@ def test_hints_on_the_run_name_hours_that_were_cut_off_and_gpus_that_idled() -> 
     assert "pretrain: held GPUs and computed on the CPU" in text
     assert "accounting does not count GPUs" in text
     assert run_hints([Taken("done", False, 3600, 0, 1)], [], False) == []
+
+
+def noted(hour: int, seconds: float = 3600.0, job: str = "7_0", **other: object) -> books.Attempt:
+    facts: dict[str, object] = {
+        "started": f"2026-01-02T{hour:02}:00:00+00:00",
+        "job": job,
+        "host": "n1",
+        "gpus": 1,
+        "cpus": 8,
+    }
+    return books.Attempt(**facts | {"seconds": seconds, "how": "done"} | other)  # type: ignore[arg-type]
+
+
+def at(hour: int, seconds: int = 3600, **other: object) -> Spent:
+    """An attempt of sacct's, which tells local time."""
+    when = datetime(2026, 1, 2, hour, tzinfo=UTC).astimezone().replace(tzinfo=None)
+    return spent(start=when.isoformat(), elapsed_s=seconds, **other)
+
+
+def test_an_attempt_is_counted_once_by_sacct_where_it_knows_it_and_by_its_own_notes_where_not() -> None:
+    pairs = matched([at(3, state="NODE_FAIL"), at(5)], [noted(1, job=""), noted(5), noted(9, job="8_0")])
+    assert [(bool(theirs), own and own.started[11:13]) for theirs, own in pairs] == [
+        (True, None), (True, "05"), (False, "01"), (False, "09"),
+    ]  # fmt: skip
+    assert together(taken_by(pairs, True)).gpu_hours == 4.0
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["1", "2"]), st.integers(0, 20)), max_size=6),
+    st.lists(st.tuples(st.sampled_from(["", "1", "2"]), st.integers(0, 20)), max_size=6),
+)
+def test_attempts_of_a_job_are_never_counted_twice_and_none_is_lost(
+    theirs: list[tuple[str, int]], ours: list[tuple[str, int]]
+) -> None:
+    told = [noted(hour, job=job) for job, hour in ours]
+    pairs = matched([at(hour, job=job) for job, hour in theirs], told)
+    for job in ("1", "2"):
+        most = max(sum(one[0] == job for one in several) for several in (theirs, ours))
+        assert sum(job in (spent and spent.job, own and own.job) for spent, own in pairs) == most
+    assert sorted(own.started for _, own in pairs if own) == sorted(one.started for one in told)
+
+
+CELL = {"id": "a", "label": "pretrain rgb", "stage": "pretrain"}
+
+
+def test_the_attempts_that_are_named_explain_all_that_the_books_differ_by() -> None:
+    pairs = matched(
+        [at(1, state="BOOT_FAIL"), at(3, 7200), at(6, 3700, job="8_0"), at(9, 3600, job="9_0")],
+        [noted(0, job=""), noted(3, 600.0, how=books.LOST), noted(6, job="8_0"), noted(9, job="9_0")],
+    )
+    found = reconcile([(CELL, pairs)])
+    assert {row["why"] for row in found["attempts"]} == {
+        "ended before its task could note anything",
+        "was killed: its own notes end at its last word",
+        "the job's start and end around its task",
+        "was no job of Slurm",
+    }
+    for key in ("gpu_hours", "node_hours", "cpu_hours"):
+        assert sum(row[key] for row in found["attempts"]) == pytest.approx(found["difference"][key], abs=1e-5)
+        assert found["difference"][key] == pytest.approx(found["sacct"][key] - found["own"][key], abs=1e-5)
+    assert (found["sacct"]["attempts"], found["own"]["attempts"]) == (4, 4)
+    assert found["difference"]["gpu_hours"] == pytest.approx(1 + 2 - 600 / 3600 + 100 / 3600 - 1, abs=1e-5)
+
+
+def test_without_accounting_there_is_nothing_to_reconcile_and_attempts_at_work_are_in_no_sum() -> None:
+    found = reconcile([(CELL, matched([], [noted(1), noted(2, seconds=None, how="")]))])  # type: ignore[arg-type]
+    assert (found["sacct"], found["difference"], found["attempts"]) == (None, None, [])
+    assert found["own"] == {"attempts": 1, "gpu_hours": 1.0, "node_hours": 1.0, "cpu_hours": 8.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,18 @@ def test_a_benchmark_measures_both_sides_and_prints_their_ratios(name: str, tmp_
     assert set(report["met"]) >= set(report["targets"])
     assert done.returncode == (0 if all(report["met"].values()) else 1)
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in report["ratios"].values())
+
+
+@pytest.mark.full
+def test_predicted_memory_is_measured_from_the_bare_source_tree(tmp_path: Path) -> None:
+    options = ["--models", "tiny", "--modalities", "1", "2", "--arms", "unimodal", "cached", "--chip-px", "64"]
+    command = [sys.executable, str(SCRIPTS / "memory_prediction.py"), "--json", "--repeats", "1", "--precision", "fp32"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [*command, *options, "--device", "cpu"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert [row["arm"] for row in report["rows"]] == ["unimodal", "cached"]
+    assert len(report["judged"]) == 3 and all(entry["met"] for entry in report["judged"])
+    assert all(abs(row["predicted"]["error"]["optim_state"]) < 0.01 for row in report["rows"])

@@ -23,6 +23,8 @@ from rtshpc.core.config import DataConfig, FinetuneConfig, ModelConfig, RunConfi
 from rtshpc.core.load import write_cell, write_run_config
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import SILENT, Record, read_json, write_json, write_record, write_text
+from rtshpc.core.sizing.measured import Counts, Measurement, Protocol
+from rtshpc.hpc.nvml import NvmlSampler
 from rtshpc.report.gallery import draw_picture
 from rtshpc.stages import summarise
 
@@ -169,27 +171,37 @@ def _evaluated(cell: Cell, by_id: dict[str, Cell]) -> dict[str, Any]:
 
 def _measured(cell: Cell, by_id: dict[str, Cell]) -> dict[str, Any]:
     count, full = len(cell.modalities), cell.arm != "pretrained"
-    parameters, activations = 3_212_345 * count, (48_123_456 if full else 31_987_654) * count
-    gradients = parameters if full else 812_345 * count
-    return {
-        "device": "Test CPU",
-        "backend": "cpu",
-        "arm": cell.arm,
-        "modalities": list(cell.modalities),
-        "protocol": {"chip_px": 256, "precision": "bf16", "batch": 1, "seed": 0, "warmups": 1, "repeats": 3},
-        "parameters_bytes": parameters,
-        "trainable_parameters": gradients // 4,
-        "total_parameters": parameters // 4,
-        "gradients_bytes": gradients,
-        "activations_bytes": activations,
-        "sum_bytes": parameters + gradients + activations,
-        "allocator_peak_bytes": None,
-        "reserved_peak_bytes": None,
-        "rss_peak_bytes": 712_345_678 + 11_111_111 * count,
-        "nvml_peak_bytes": None,
-        "nvml_reason": "no GPU is visible",
-        "step_seconds": 0.3127 * count,
-    }
+    params, activations = 3_212_345 * count, (48_123_456 if full else 31_987_654) * count
+    grads = params if full else 812_345 * count
+    peak = params + grads + activations + 1_234_567
+    on_gpu = ("alloc_peak_fb", "alloc_peak_step", "reserved_peak", *NvmlSampler.FIGURES)
+    reasons = {**dict.fromkeys(on_gpu, "no GPU is visible"), "data_wait_share": "samples are made before"}
+    predicted = {"live_peak_fb": round(peak * 0.98), "error": {"live_peak_fb": -0.02}}
+    setting = {"seed": 0, "chip_px": 256, "warmups": 2, "repeats": 5, "instances": 9, "threads": 1}
+    measured = Measurement(
+        backend="cpu",
+        device="Test CPU",
+        arm=cell.arm,
+        modalities=cell.modalities,
+        protocol=Protocol(**setting, sample="random pixels", precision="bf16", gradients="held"),
+        params=params,
+        grads=grads,
+        optim_state=2 * grads,
+        activations=activations,
+        live_peak_fb=peak,
+        rss_peak=712_345_678 + 11_111_111 * count,
+        reasons=reasons,
+        trainable_parameters=grads // 4,
+        total_parameters=params // 4,
+        step_seconds=0.3127 * count,
+        step_seconds_each=(0.3127 * count,) * 5,
+        samples_per_second=1 / (0.3127 * count),
+        cpu_seconds=1.5 * count,
+        counts=Counts(rois_per_image=512, foreground_per_image={"stage0": 128, "mask": 128}, filled=True),
+        predicted=predicted,
+        **dict.fromkeys(reasons),
+    )
+    return measured.model_dump(mode="json")
 
 
 @dataclass

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rtshpc.core.records import write_json
+from rtshpc.core.records import read_record, write_json, write_record
+from rtshpc.core.sizing.measured import refusal
 from rtshpc.report import paper
 from rtshpc.report.collect import collect
 from rtshpc.report.gallery import embed
@@ -138,10 +139,12 @@ def test_backends_are_never_mixed(run: Any) -> None:
         results.update(
             backend="cuda",
             device="Test GPU",
-            allocator_peak_bytes=round(results["sum_bytes"] * 1.25),
-            nvml_peak_bytes=999 * 2**20,
-            nvml_reason=None,
+            alloc_peak_fb=round(results["live_peak_fb"] * 1.25),
+            live_peak_fb=None,
+            device_used_peak_v2=999 * 2**20,
         )
+        results["predicted"] = None
+        results["reasons"] = {"live_peak_fb": "counted on CPUs alone", "predicted": "no trace of it"}
 
     # Only the full arm was measured on a GPU: no ratio may be formed with the CPU's pretrained arm.
     run.change(run.find("measure", "rgb", "ndvi", "full"), to_cuda)
@@ -150,9 +153,29 @@ def test_backends_are_never_mixed(run: Any) -> None:
     assert "RGB+NDVI+NIR on pretrained backbones needs" in page
     assert "the full training of these modalities is not measured" in page
     tables = re.findall(r'<table id="table-memory[^"]*".*?</table>', page, flags=re.DOTALL)
-    assert len(tables) == 2 and "CUDA allocator" in tables[0] and "CPU saved tensors" in tables[1]
-    assert "999.0" in tables[0] and "no GPU is visible" in tables[1]
+    assert len(tables) == 2 and "CUDA allocator" in tables[0] and "CPU tensors alive" in tables[1]
+    assert "no trace of it" in tables[0] and "−2.0" in tables[1]
+    steps = re.findall(r'<table id="table-steps[^"]*".*?</table>', page, flags=re.DOTALL)
+    assert len(steps) == 2 and "999.0" in steps[0] and "Used of the device" not in steps[1]
+    assert "Not measured (no GPU is visible): Peak with optimizer, Reserved by the allocator" in page
     assert run.paths.report_figure("memory_2").exists()
+
+
+def test_a_record_of_a_fake_driver_is_refused_by_name(run: Any) -> None:
+    cell = run.find("measure", "rgb", "ndvi", "full")
+    run.change(cell, lambda results: results.update(backend="fake", step_seconds=987.654))
+    page = run.words()
+    assert "987.6" not in page and f"RGB+NDVI · full: {refusal({'backend': 'fake'})}" in page and cell.id in page
+    assert "987.6" not in run.text("memory.csv") and "refused: backend = fake" in run.text("memory.csv")
+    assert refusal({"device": "fake"}) and not refusal({"backend": "cuda", "device": "A GPU"})
+
+
+def test_a_record_of_another_version_counts_as_none(run: Any) -> None:
+    path = run.paths.cell(run.find("measure", "rgb").id).record
+    record = read_record(path)
+    write_record(path, record.model_copy(update={"result_version": record.result_version - 1}))
+    result = next(one for one in collect(run.paths, run.summary).of("measure") if one.paths.record == path)
+    assert (result.record, result.reason) == (None, "the record is of another version of the code")
 
 
 @pytest.mark.parametrize(

@@ -30,4 +30,5 @@ from rtshpc.core.config.run import (
     SiteConfig as SiteConfig,
     TrainConfig as TrainConfig,
 )
+from rtshpc.core.config.scale import ScaleConfig as ScaleConfig, ScaleTask as ScaleTask
 from rtshpc.core.config.section import Section as Section

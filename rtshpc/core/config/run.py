@@ -12,6 +12,7 @@ from rtshpc.core.config.data import DataConfig
 from rtshpc.core.config.explain import show
 from rtshpc.core.config.map import MapConfig
 from rtshpc.core.config.model import ModelConfig
+from rtshpc.core.config.scale import ScaleConfig
 from rtshpc.core.config.section import Section, doc
 from rtshpc.core.errors import unknown
 
@@ -138,19 +139,21 @@ class EvaluateConfig(Section):
 
 
 class MeasureConfig(Section):
-    """Peak memory of one sample + model + forward + backward (Li et al. 2025, Table 2)."""
+    """Memory and time of a training step: forward and backward (Li et al. 2025, Table 2), then with the optimizer."""
 
     modality_sets: Annotated[tuple[Names, ...], AfterValidator(unique)] = doc(
         "measured sets; empty = the sets of the sweep and the primary", ()
     )
-    arms: Annotated[tuple[Literal["pretrained", "full"], ...], AfterValidator(unique)] = doc(
-        "measured arms", ("pretrained", "full"), min_length=1
+    arms: Annotated[tuple[Literal["pretrained", "full", "cached"], ...], AfterValidator(unique)] = doc(
+        "measured arms; cached: on stored scales of frozen backbones", ("pretrained", "full"), min_length=1
     )
     chip_px: int = doc("side of the sample, px", 256, ge=32)
     precision: Literal["fp32", "bf16", "fp16"] = doc("autocast type", "bf16")
     device: Literal["auto", "cpu", "cuda"] = doc("auto takes a GPU where one is visible", "auto")
-    repeats: int = doc("measured steps after the warm-up", 3, ge=1)
-    warmups: int = doc("steps before them", 1, ge=0)
+    batch: int = doc("samples of a step", 1, ge=1)
+    instances: int = doc("slumps of each sample; 0 = as few as fill RoIs and foreground RoIs, at least 9", 0, ge=0)
+    repeats: int = doc("measured steps after the warm-up", 5, ge=1)
+    warmups: int = doc("steps before them", 2, ge=0)
 
 
 class SiteConfig(Section):
@@ -168,6 +171,9 @@ class SiteConfig(Section):
         "nodes of a training; above 1 it runs as nodes x gpus tasks, one a GPU, with the same global batch", 1, ge=1
     )
     gpus: int = doc("GPUs of a training job, on each of its nodes", 0, ge=0)
+    tasks_per_node: int = doc(
+        "tasks of a training on each of its nodes; 0 = one a GPU over several nodes, one on a single node", 0, ge=0
+    )
     gpu_type: str = doc("GPU type as Slurm spells it, e.g. a100; empty = any", "", pattern=r"^[\w.-]*$")
     gres: Literal["gpus-per-node", "gres"] = doc(
         "how GPUs are asked for: --gpus-per-node=[TYPE:]N or --gres=gpu:[TYPE:]N", "gpus-per-node"
@@ -221,8 +227,8 @@ class SiteConfig(Section):
 
     @property
     def tasks(self) -> int:
-        """Tasks of a training on each of its nodes: over several nodes one a GPU."""
-        return max(1, self.gpus) if self.nodes > 1 else 1
+        """Tasks of a training on each of its nodes: those asked for, else over several nodes one a GPU."""
+        return self.tasks_per_node or (max(1, self.gpus) if self.nodes > 1 else 1)
 
     @model_validator(mode="after")
     def _of_an_image(self) -> SiteConfig:
@@ -249,6 +255,12 @@ class SiteConfig(Section):
     def _over_nodes(self) -> SiteConfig:
         if self.nodes > 1 and self.executor != "slurm":
             raise ValueError(f"nodes = {self.nodes} needs executor: slurm")
+        if self.tasks_per_node > 1 and self.executor != "slurm":
+            raise ValueError(f"tasks_per_node = {self.tasks_per_node} needs executor: slurm")
+        if 0 < self.gpus < self.tasks_per_node:
+            raise ValueError(
+                f"tasks_per_node = {self.tasks_per_node}: there are gpus = {self.gpus}, and each task needs its own"
+            )
         if self.stage_shards and not self.scratch:
             raise ValueError("stage_shards is given without scratch")
         return self
@@ -265,6 +277,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = doc("scoring", EvaluateConfig())
     measure: MeasureConfig = doc("memory", MeasureConfig())
     map: MapConfig = doc("mapping (docs/mapping.md)", MapConfig())
+    scale: ScaleConfig = doc("scaling study (docs/scaling.md)", ScaleConfig())
     site: SiteConfig = doc("where to run, or the name of one in configs/sites", SiteConfig())
     seed: int = doc("seed of weights, order and augmentation", 0, ge=0)
     grid: dict[str, tuple[Any, ...]] = doc("dotted key -> values; every combination is a finetune cell", {})

@@ -1,53 +1,71 @@
-"""One step of a training on a sample that nobody has to read: forward and backward, no optimizer."""
+"""One step of a training on samples that nobody has to read: forward and backward, then the optimizer's part."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from math import ceil, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rtshpc.core.config import TrainConfig
 from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.data.sample import Target
-from rtshpc.model.detector import Detector
+from rtshpc.engine import optim
+from rtshpc.model.detector import DIVISOR, Detector
 
 INSTANCES = 9
-"""Slumps of the sample, on a 3 x 3 grid: with few, the mask head would see next to nothing."""
+"""Slumps of a sample that are enough for the mask head to see something."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def sample(spec: MemorySpec, device: torch.device) -> tuple[dict[str, Tensor], Target]:
-    """One random sample, (1, C, S, S) per modality, with round slumps on a 3 x 3 grid."""
+def sample(spec: MemorySpec, device: torch.device) -> tuple[dict[str, Tensor], list[Target]]:
+    """A batch of random samples, (B, C, S, S) per modality, each with the slumps of `slumps`."""
     generator = torch.Generator().manual_seed(spec.seed)
-    side = spec.chip_px
+    shape = (spec.chip_px, spec.chip_px)
     images = {
-        name: torch.randn(1, bands, side, side, generator=generator).to(device) for name, bands in spec.channels.items()
+        name: torch.randn(spec.batch, bands, *shape, generator=generator).to(device)
+        for name, bands in spec.channels.items()
     }
-    across = 3
+    return images, [slumps(spec, device) for _ in range(spec.batch)]
+
+
+def slumps(spec: MemorySpec, device: torch.device) -> Target:
+    """Round slumps of one size on a square grid, row by row: with few, the mask head would see next to nothing."""
+    count = spec.instances or INSTANCES
+    side, across = spec.chip_px, ceil(sqrt(count))
     cell, radius = side / across, side / across * 0.35
     place = torch.arange(side, dtype=torch.float32) + 0.5
     masks, boxes = [], []
-    for number in range(INSTANCES):
+    for number in range(count):
         y, x = (number // across + 0.5) * cell, (number % across + 0.5) * cell
         masks.append((place[:, None] - y) ** 2 + (place[None] - x) ** 2 <= radius**2)
         boxes.append([x - radius, y - radius, x + radius, y + radius])
-    classes = torch.arange(INSTANCES) % spec.classes
+    classes = torch.arange(count) % spec.classes
     ignore = torch.zeros(side, side, dtype=torch.bool)
-    return images, Target(torch.tensor(boxes), classes, torch.stack(masks), ignore).to(device)
+    return Target(torch.tensor(boxes), classes, torch.stack(masks), ignore).to(device)
 
 
-def given_scales(detector: Detector, spec: MemorySpec, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
+def seeds(spec: MemorySpec) -> list[int]:
+    """Of the choices of each sample."""
+    return [spec.seed + number for number in range(spec.batch)]
+
+
+def given_scales(
+    detector: Detector, spec: MemorySpec, device: torch.device, kind: str = ""
+) -> dict[str, tuple[Tensor, ...]]:
     """Random scales of every modality, as stored features enter a training: in the type a backbone leaves them.
 
-    Layer norms give 16 bits under autocast on CPUs, 32 on GPUs.
+    Layer norms give 16 bits under autocast on CPUs, 32 on GPUs: as on `kind` (cpu or cuda), else as on `device`.
     """
     generator = torch.Generator().manual_seed(spec.seed)
-    dtype = torch.float32 if device.type == "cuda" else _AUTOCAST.get(spec.precision, torch.float32)
+    dtype = torch.float32 if (kind or device.type) == "cuda" else _AUTOCAST.get(spec.precision, torch.float32)
+    side = spec.chip_px + -spec.chip_px % DIVISOR
     shapes = [
-        (1, getattr(detector.backbone, f"fpn_lateral{level}").in_channels, *[spec.chip_px // 2**level] * 2)
+        (spec.batch, getattr(detector.backbone, f"fpn_lateral{level}").in_channels, *[side // 2**level] * 2)
         for level in range(2, 6)
     ]
     return {
@@ -56,21 +74,21 @@ def given_scales(detector: Detector, spec: MemorySpec, device: torch.device) -> 
     }
 
 
-def forward(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> Tensor:
+def forward(detector: Detector, images: Mapping[str, Any], targets: Sequence[Target], spec: MemorySpec) -> Tensor:
     """The summed losses; `images` are scales in the arm `cached`."""
-    device = target.boxes.device.type
+    device = targets[0].boxes.device.type
     context = torch.autocast(device, dtype=_AUTOCAST[spec.precision]) if spec.precision != "fp32" else nullcontext()
     with context:
         if spec.arm == "cached":
-            losses = detector({}, [target], [spec.seed], [(spec.chip_px, spec.chip_px)], images)
+            losses = detector({}, targets, seeds(spec), [(spec.chip_px, spec.chip_px)] * len(targets), images)
         else:
-            losses = detector(images, [target], [spec.seed])
+            losses = detector(images, targets, seeds(spec))
     return torch.stack([value.float() for value in losses.values()]).sum()
 
 
-def step(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> None:
+def step(detector: Detector, images: Mapping[str, Any], targets: Sequence[Target], spec: MemorySpec) -> None:
     """Forward and backward."""
-    forward(detector, images, target, spec).backward()
+    forward(detector, images, targets, spec).backward()
 
 
 def zero(detector: Detector) -> None:
@@ -78,3 +96,27 @@ def zero(detector: Detector) -> None:
     for parameter in detector.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
+
+
+class Optimizer:
+    """AdamW, clipping and, in fp16, the scaled loss of a training; its rate is zero, so that every step is the same one."""
+
+    def __init__(self, detector: Detector, spec: MemorySpec, device: torch.device) -> None:
+        self._detector = detector
+        self._limit = TrainConfig().clip_norm
+        self._optimizer = optim.build_optimizer(detector, TrainConfig())
+        optim.set_rate(self._optimizer, 0.0)
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=spec.precision == "fp16")
+
+    def step(self, images: Mapping[str, Any], targets: Sequence[Target], spec: MemorySpec) -> None:
+        """Forward, backward and the update of all that trains."""
+        self._scaler.scale(forward(self._detector, images, targets, spec)).backward()
+        self._scaler.unscale_(self._optimizer)
+        optim.clip_gradients([weight for _, weight in optim.trainable(self._detector)], self._limit)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+
+    def state(self) -> list[Tensor]:
+        """Moments and step counters."""
+        found = [value for state in self._optimizer.state.values() for value in state.values()]
+        return [value for value in found if isinstance(value, Tensor)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,8 +20,10 @@ from rtshpc.model.detector import Detector
 class Live(TorchDispatchMode):
     """Bytes of the tensors that are alive, and the most there were: every storage an operation makes, until freed."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = 1) -> None:
+        """`block`: an allocator hands out multiples of so many bytes."""
         super().__init__()
+        self.block = block
         self.sizes: dict[int, int] = {}
         self.now = self.peak = 0
 
@@ -38,7 +40,7 @@ class Live(TorchDispatchMode):
         key = storage._cdata
         if key in self.sizes:
             return
-        self.sizes[key] = storage.nbytes()
+        self.sizes[key] = -(-storage.nbytes() // self.block) * self.block
         self.now += self.sizes[key]
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._drop, key)
@@ -47,32 +49,53 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def own_tensors(detector: Detector, images: Mapping[str, Any], target: Target) -> list[Tensor]:
-    """Weights, buffers and the sample: what is there before a step."""
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def own_tensors(detector: Detector, images: Mapping[str, Any], targets: Sequence[Target]) -> list[Tensor]:
+    """Weights, buffers and the samples: what is there before a step."""
     given = [leaf for leaf in tree_leaves(dict(images)) if isinstance(leaf, Tensor)]
-    return [*detector.parameters(), *detector.buffers(), *given, target.boxes, target.masks]
+    truths = [tensor for target in targets for tensor in vars(target).values()]
+    return [*detector.parameters(), *detector.buffers(), *given, *truths]
 
 
-def saved_bytes(detector: Detector, images: Mapping[str, Any], target: Target, spec: MemorySpec) -> int:
+class Saved(saved_tensors_hooks):
+    """Bytes of the distinct storages that autograd keeps for backward of what runs in this context.
+
+    Attributes:
+        bytes: their sum, of those that are no one's own.
+    """
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        """`own`: tensors that are there anyway and are not counted."""
+        # By storage, not by address: tensors of a trace have none.
+        held = {tensor.untyped_storage()._cdata for tensor in own}
+        self.bytes = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in held:
+                held.add(storage._cdata)
+                self.bytes += storage.nbytes()
+            # A detached view: an output kept by its own node would never be freed.
+            return tensor.detach()
+
+        super().__init__(pack, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def saved_bytes(detector: Detector, images: Mapping[str, Any], targets: Sequence[Target], spec: MemorySpec) -> int:
     """Bytes of the distinct storages that a forward pass keeps for its backward pass, which is run too.
 
-    Parameters, buffers and the sample itself are not counted. The hooks take time: no step to be timed.
+    Parameters, buffers and the samples themselves are not counted. The hooks take time: no step to be timed.
     """
-    held = {tensor.untyped_storage().data_ptr() for tensor in own_tensors(detector, images, target)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        # A detached view: an output kept by its own node would never be freed.
-        return tensor.detach()
-
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        loss = forward(detector, images, target, spec)
-    total = sum(kept.values())
+    saved = Saved(own_tensors(detector, images, targets))
+    with saved:
+        loss = forward(detector, images, targets, spec)
     loss.backward()
-    return total
+    return saved.bytes

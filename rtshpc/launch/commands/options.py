@@ -17,9 +17,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def sweep_options(function: Function) -> Function:
     """CONFIG, --site, --set, --until and --runs."""
+    until = click.option("--until", metavar="STAGE", help="Stop after this stage (preprocess includes its index).")
+    return config_options(until(function))
+
+
+def config_options(function: Function) -> Function:
+    """CONFIG, --site, --set and --runs."""
     for option in (
         runs_option,
-        click.option("--until", metavar="STAGE", help="Stop after this stage (preprocess includes its index)."),
         click.option(
             "--set",
             "sets",

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rtshpc.launch.commands.options import run_folder, runs_option
+
+if TYPE_CHECKING:
+    from rtshpc.core.paths import RunPaths
 
 MOST_DONE = 40
 """Cells that are done are listed one by one in runs of up to so many cells; `--all` lists them always."""
@@ -44,7 +48,18 @@ def status(run: str, runs: str, watch: bool, every: float, everything: bool, as_
                 facts = run_status(paths)
     else:
         click.echo(_text(facts, everything, as_json))
+    if facts["finished"]:
+        _keep_usage(paths)
     return 0
+
+
+def _keep_usage(paths: RunPaths) -> None:
+    """Write usage.json while Slurm's accounting still knows; a folder that cannot be written is no fault of who looks."""
+    from rtshpc.launch.usage import keep_usage, usage_kept
+
+    with suppress(OSError):
+        if not usage_kept(paths):
+            keep_usage(paths)
 
 
 def _text(facts: dict[str, Any], everything: bool, as_json: bool) -> str:

@@ -13,6 +13,9 @@ from rtshpc.launch.commands.status import clock
 
 GIB = 1 << 30
 
+FEW = 5
+"""So many attempts are named."""
+
 SOURCES = {
     "sacct": "by Slurm's accounting",
     "own books": "by what the tasks noted themselves: sacct does not answer here or knows nothing of them",
@@ -28,12 +31,13 @@ SOURCES = {
 def usage(run: str, runs: str, as_json: bool) -> int:
     """Show what RUN took over all attempts: GPU-hours, memory, cores and GPUs used of those asked for, and hints.
 
-    A dash is what no books tell, e.g. the use of GPUs where the cluster does not sample it.
+    A dash is what no books tell, e.g. the use of GPUs where the cluster does not sample it. When nothing of RUN is at work, what
+    is shown is kept in its usage.json.
     """
     paths = run_folder(run, runs)
-    from rtshpc.launch.usage import run_usage
+    from rtshpc.launch.usage import keep_usage
 
-    facts = run_usage(paths)
+    facts = keep_usage(paths)
     click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(_lines(facts)))
     return 0
 
@@ -42,7 +46,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     total = facts["total"]
     price = "".join(f", {amount:.2f} charged" for amount in (facts["charge"],) if amount is not None)
     yield (
-        f"{facts['path']}: {total['gpu_hours']:.2f} GPU-hours, {total['cpu_hours']:.2f} core-hours in {total['attempts']}"
+        f"{facts['path']}: {total['gpu_hours']:.2f} GPU-hours, {total['node_hours']:.2f} node-hours, {total['cpu_hours']:.2f}"
+        f" core-hours in {total['attempts']}"
         f" attempts{price} ({SOURCES[facts['source']]})"
     )
     ends = ", ".join(f"{hours:.2f} {name}" for name, hours in facts["by_end"].items() if hours)
@@ -58,8 +63,28 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
             f"{stage['stage']:<11}{stage['attempts']:>6}{stage['gpu_hours']:>9.2f}{stage['cpu_hours']:>9.2f}"
             f"{longest:>10}{memory:>15}{_percent(stage['cpu_share']):>7}{_percent(stage['gpu_share']):>6}"
         )
+    yield from _both_books(facts["reconciled"])
     for hint in facts["hints"]:
         yield f"hint: {hint}"
+
+
+def _both_books(found: dict[str, Any]) -> Iterator[str]:
+    """What sacct and our own books say, and which attempts explain the difference."""
+    if found["sacct"] is None:
+        return
+    for name, words in (("sacct", "sacct    "), ("own", "own books")):
+        side = found[name]
+        yield (
+            f"{words}: {side['attempts']} attempts, {side['gpu_hours']:.2f} GPU-hours, {side['node_hours']:.2f} node-hours,"
+            f" {side['cpu_hours']:.2f} core-hours"
+        )
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for row in found["attempts"]:
+        reasons.setdefault(row["why"], []).append(row)
+    for why, rows in reasons.items():
+        gpus, nodes = (sum(row[key] for row in rows) for key in ("gpu_hours", "node_hours"))
+        jobs = ", ".join(row["job"] or row["cell"] for row in rows[:FEW]) + (", ..." if len(rows) > FEW else "")
+        yield f"they differ by {gpus:+.2f} GPU-hours, {nodes:+.2f} node-hours: {why} ({len(rows)} attempts: {jobs})"
 
 
 def _percent(share: float | None) -> str:

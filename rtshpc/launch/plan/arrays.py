@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rtshpc.core.cell import LENIENT, STAGES, Cell
+from rtshpc.core.config import SiteConfig
+from rtshpc.core.sizing.predict import GUARDED, STAGE as PREDICT
+from rtshpc.core.sizing.studies import batches
 
 Link = tuple[int | str, int | None]
 """What a job waits for: an array of the same plan by number, or a job by Slurm's; and its element, None = all of it."""
@@ -22,6 +25,7 @@ class Array:
         rule: Slurm's word for what it waits for: afterok (all went well), aftercorr (element i waits for element i),
             afterany (all are over); empty where it waits for nothing.
         after: what it waits for.
+        behind: what must be over before it, however that ended.
     """
 
     number: int
@@ -29,14 +33,24 @@ class Array:
     cells: tuple[Cell, ...]
     rule: str
     after: tuple[Link, ...]
+    behind: tuple[Link, ...] = ()
+
+    @property
+    def site(self) -> SiteConfig:
+        """Where its jobs go, and what each asks for."""
+        return self.cells[0].config.site
 
     def dependency(self, jobs: Mapping[int, str]) -> str:
         """As sbatch spells it; `jobs` are the numbers that Slurm gave to the arrays before this one."""
-        spelled = [
-            (jobs[job] if isinstance(job, int) else job) + ("" if element is None else f"_{element}")
-            for job, element in self.after
-        ]
-        return ":".join([self.rule, *dict.fromkeys(spelled)]) if spelled else ""
+        told: list[str] = []
+        for rule, links in ((self.rule, self.after), ("afterany", self.behind)):
+            spelled = [
+                (jobs[job] if isinstance(job, int) else job) + ("" if element is None else f"_{element}")
+                for job, element in links
+            ]
+            if spelled:
+                told.append(":".join([rule, *dict.fromkeys(spelled)]))
+        return ",".join(told)
 
 
 def arrays(todo: Sequence[Cell], queued: Mapping[str, str], most: int) -> list[Array]:
@@ -45,7 +59,8 @@ def arrays(todo: Sequence[Cell], queued: Mapping[str, str], most: int) -> list[A
     Cells that build on the same cells are one array, and wait for those elements only: a cell starts as soon as its
     own backbones are there, and a failed one takes none along that does not build on it. What is one to one (the
     evaluations of trained cells) waits element by element. The index, the summary and lenient stages wait for the end of
-    what they read, however it ended: they say what is missing.
+    what they read, however it ended: they say what is missing. What takes a GPU waits for the prediction that it fits one.
+    Of a scaling study, nothing runs beside a measurement.
 
     Args:
         todo: cells to do, in stage order.
@@ -55,6 +70,16 @@ def arrays(todo: Sequence[Cell], queued: Mapping[str, str], most: int) -> list[A
     return _Arranger(todo, queued, most).arrays
 
 
+def guards(todo: Sequence[Cell]) -> list[str]:
+    """Ids of the cells that say whether the others fit a GPU."""
+    return [cell.id for cell in todo if cell.stage == PREDICT]
+
+
+def waits_for(cell: Cell, guarding: Sequence[str]) -> tuple[str, ...]:
+    """Ids of the cells that must be done before: those it builds on, and those that guard a GPU from it."""
+    return (*guarding, *cell.needs) if cell.stage in GUARDED else cell.needs
+
+
 class _Arranger:
     def __init__(self, todo: Sequence[Cell], queued: Mapping[str, str], most: int) -> None:
         self.arrays: list[Array] = []
@@ -62,6 +87,7 @@ class _Arranger:
         self._pending = {cell.id: cell for cell in todo}
         self._place: dict[str, Link] = {name: _job_link(job) for name, job in queued.items()}
         self._above: dict[str, set[str]] = {}
+        self._guards = guards(todo)
         # First in their arrays, so that the elements of the evaluations' array are numbered as these.
         self._scored = {need for cell in todo if cell.stage == "evaluate" for need in cell.needs}
         for cell in todo:
@@ -77,11 +103,13 @@ class _Arranger:
             elif stage == "gather" or stage in LENIENT:
                 whole = [(self._place[need][0], None) for cell in cells for need in self._needs(cell)]
                 self._add(cells, "afterany", whole)
+            elif stage == "scale":
+                self._add_study(cells, [_job_link(queued[cell.id]) for cell in todo if cell.id in queued])
             else:
                 self._add_groups(cells)
 
     def _needs(self, cell: Cell) -> list[str]:
-        return [need for need in cell.needs if need in self._pending]
+        return [need for need in waits_for(cell, self._guards) if need in self._pending]
 
     def _links(self, cell: Cell) -> list[Link]:
         """What the cell must wait for itself: a need that another one waits for is met with that."""
@@ -106,11 +134,19 @@ class _Arranger:
         for links, members in groups.items():
             self._add(sorted(members, key=lambda cell: cell.id not in self._scored), "afterok", links)
 
-    def _add(self, cells: Sequence[Cell], rule: str, after: Sequence[Link]) -> None:
+    def _add_study(self, cells: Sequence[Cell], queued: Sequence[Link]) -> None:
+        """Measurements, one after another, and after those that Slurm has already."""
+        behind = [(job, None) for job, _ in queued]
+        for members in batches(cells):
+            first = len(self.arrays)
+            self._add(members, "afterok", self._links(members[0]), behind)
+            behind = [(number, None) for number in range(first, len(self.arrays))]
+
+    def _add(self, cells: Sequence[Cell], rule: str, after: Sequence[Link], behind: Sequence[Link] = ()) -> None:
         for first in range(0, len(cells), self._most):
             part, number = tuple(cells[first : first + self._most]), len(self.arrays)
-            links = tuple(dict.fromkeys(after))
-            self.arrays.append(Array(number, part[0].stage, part, rule if links else "", links))
+            links, over = tuple(dict.fromkeys(after)), tuple(dict.fromkeys(behind))
+            self.arrays.append(Array(number, part[0].stage, part, rule if links else "", links, over))
             for element, cell in enumerate(part):
                 self._place[cell.id] = (number, element if len(part) > 1 else None)
 

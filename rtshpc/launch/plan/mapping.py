@@ -21,6 +21,7 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import read_plan, read_record
 from rtshpc.core.scenes import Scene, scene_fingerprints
 from rtshpc.hpc.container import command
+from rtshpc.launch.plan.scale import scale_plan
 from rtshpc.launch.plan.sweep import Plan, borrowed, plan_in
 
 
@@ -108,7 +109,9 @@ def map_plan(config: RunConfig, paths: RunPaths, scenes: Sequence[MapScene] | No
 
 
 def plan_again(config: RunConfig, paths: RunPaths, until: str | None = None) -> Plan:
-    """The plan of a run that is there: of a sweep, or of a map run with the scenes it was submitted with."""
+    """The plan of a run that is there: of a sweep, a scaling study, or a map run with the scenes it was submitted with."""
+    if until == "scale":
+        return scale_plan(config, paths)
     return map_plan(config, paths) if config.map.model else plan_in(config, paths, until)
 
 

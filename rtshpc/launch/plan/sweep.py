@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_plan
 from rtshpc.core.scenes import data_fingerprint, list_scenes, weights_sha256
+from rtshpc.core.sizing.predict import GUARDED, STAGE as PREDICT
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,16 @@ class Plan:
         return next(cell for cell in self.cells if cell.stage == "gather")
 
     @property
+    def measured(self) -> list[Cell]:
+        """The cells that measure memory and time."""
+        return [cell for cell in self.cells if cell.stage == "measure"]
+
+    @property
     def todo(self) -> list[Cell]:
         """Cells that are missing, in stage order.
 
         Preprocess tasks are of no use once their shards are gathered, nor stored scales once all that trains on
-        them is done; the summary is made anew whenever something else was, or the sweep is not what it was.
+        them is done, nor a prediction when nothing that it is about is left; the summary is made anew whenever something else was, or the sweep is not what it was.
         """
         wanted = [cell for cell in self.cells if cell.stage in self.stages and cell.id not in self.done]
         if self.gather.id in self.done:
@@ -64,10 +70,16 @@ class Plan:
         used = {need for cell in wanted if cell.stage == "finetune" for need in cell.needs}
         last = self.stages[-1] == "features"
         wanted = [cell for cell in wanted if cell.stage != "features" or last or cell.id in used]
+        if not any(cell.stage in GUARDED for cell in wanted):
+            wanted = [cell for cell in wanted if cell.stage != PREDICT]
         summaries = [cell for cell in wanted if cell.stage == "summarise"]
         if len(wanted) == len(summaries) and self.paths.report_page.is_file() and not self.changed:
             return []
         return [cell for cell in wanted if self.only is None or cell.id in self.only]
+
+    def beside(self, queued: Mapping[str, str]) -> list[Cell]:
+        """What is to do where Slurm has some of it already: id -> job of those."""
+        return self.todo
 
     def features(self) -> dict[str, Any] | None:
         """Disk that stored scales take, in all and yet to be written; None where nothing is cached."""
@@ -148,6 +160,16 @@ def make_plan(config: RunConfig, runs: Path, until: str | None = None) -> Plan:
     return plan_in(config, RunPaths(runs / config.name), until)
 
 
+def measure_plan(config: RunConfig, runs: Path) -> Plan:
+    """As `make_plan`, of which the measure cells alone may be done: what they measure needs no data and no training.
+
+    Raises:
+        RtshpcError: see `make_plan`.
+    """
+    plan = make_plan(config, runs)
+    return replace(plan, only=frozenset(cell.id for cell in plan.measured))
+
+
 def plan_in(config: RunConfig, paths: RunPaths, until: str | None = None) -> Plan:
     """As `make_plan`, for a run folder of any name.
 
@@ -162,7 +184,7 @@ def plan_in(config: RunConfig, paths: RunPaths, until: str | None = None) -> Pla
     records = {cell.id: finished(cell, paths) for cell in found}
     done = {name: record for name, record in records.items() if record is not None}
     stages = stages_until(until)
-    plan = Plan(config, paths, fingerprint, tuple(found), done, stages, _changed(config, found, stages, paths))
+    plan = Plan(config, paths, fingerprint, tuple(found), done, stages, differs(config, found, stages, paths))
     if any(cell.stage == "pretrain" for cell in plan.todo):
         _refuse_lost_start(config)
     if not config.site.image:
@@ -172,7 +194,7 @@ def plan_in(config: RunConfig, paths: RunPaths, until: str | None = None) -> Pla
     return plan
 
 
-def _changed(config: RunConfig, found: Sequence[Cell], stages: Sequence[str], paths: RunPaths) -> bool:
+def differs(config: RunConfig, found: Sequence[Cell], stages: Sequence[str], paths: RunPaths) -> bool:
     """Whether config.yaml or plan.json of the run folder say something else; cells of later stages do not count."""
     try:
         before, _ = read_run_config(paths.config)
@@ -181,8 +203,10 @@ def _changed(config: RunConfig, found: Sequence[Cell], stages: Sequence[str], pa
     listed = read_plan(paths.plan)
     if listed is None or before.model_copy(update={"site": config.site}) != config:
         return True
-    rows = {row["id"] for row in listed["cells"] if row["stage"] in stages}
-    return rows != {cell.id for cell in found if cell.stage in stages}
+    # A prediction is the site's, which is no part of what a run is.
+    counted = set(stages) - {PREDICT}
+    rows = {row["id"] for row in listed["cells"] if row["stage"] in counted}
+    return rows != {cell.id for cell in found if cell.stage in counted}
 
 
 def with_known_start(config: RunConfig, paths: RunPaths, remember: bool = False) -> RunConfig:

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rtshpc.core.config import MViTConfig
 from rtshpc.fusion.recompute import chain, recomputed, same
@@ -79,7 +80,8 @@ class MViT(nn.Module):
         width = outside = config.embed_dim
         heads, stride_kv, window = config.num_heads, config.kv_stride, config.window_px
         side = config.pretrain_px // 4
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        with unset_fake_temporarily():  # numbers, also where tensors are shapes alone
+            rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         last = config.last_blocks
         for i in range(config.depth):
             stride_q = 2 if i - 1 in last else 1

@@ -13,6 +13,7 @@ from torchvision.ops import batched_nms
 
 from rtshpc.core.config import RoIConfig
 from rtshpc.fusion.recompute import chain, linear_in_rows
+from rtshpc.model.choices import choices
 from rtshpc.model.heads.boxes import BoxCoder, clip
 from rtshpc.model.heads.pooling import Pooled
 from rtshpc.model.layers import ConvNorm, start_msra, start_normal, start_xavier, waits_for_others
@@ -87,6 +88,7 @@ class BoxPredictor(nn.Module):
         self.classes = classes
         self.coder = coder
         self.counted = 0  # RoIs that the last losses are means over
+        self.foreground = 0  # of them
         self.cls_score = nn.Linear(width, classes + 1)
         self.bbox_pred = nn.Linear(width, 4 * classes if per_class else 4)
         start_normal(self.cls_score, 0.01)
@@ -100,11 +102,13 @@ class BoxPredictor(nn.Module):
         """Cross-entropy, mean over RoIs; and L1 of foreground deltas over the number of ALL RoIs."""
         classes = torch.cat([r.classes for r in labelled])
         boxes, truths = torch.cat([r.boxes for r in labelled]), torch.cat([r.truths for r in labelled])
-        count = self.counted = int((classes >= 0).sum())
+        count = self.counted = choices().number(classes >= 0)
+        self.foreground = 0
         if count == 0:
             return logits.sum() * 0.0, deltas.sum() * 0.0
         score = F.cross_entropy(logits, classes, ignore_index=-1)
-        front = torch.nonzero((classes >= 0) & (classes < self.classes))[:, 0]
+        front = choices().where((classes >= 0) & (classes < self.classes))
+        self.foreground = len(front)
         chosen = deltas[front]
         if deltas.shape[1] != 4:
             chosen = chosen.view(len(front), -1, 4)[torch.arange(len(front), device=front.device), classes[front]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rtshpc.core.config import RoIConfig
+from rtshpc.model.choices import choices
 from rtshpc.model.heads.box import POOLED, BoxHead, BoxPredictor, RoIs
 from rtshpc.model.heads.boxes import BoxCoder, clip, nonempty
 from rtshpc.model.heads.pooling import Pooled
@@ -41,7 +42,7 @@ class CascadeHeads(RoIHeads):
         labelled, refined = sampled, [r.boxes for r in sampled]
         for k in range(self.stages):
             if k > 0:
-                refined = [b[nonempty(b)] for b in refined]
+                refined = [b[choices().where(nonempty(b))] for b in refined]
                 labelled = [self.label(b, t, k) for b, t in zip(refined, targets, strict=True)]
             boxes = [r.boxes for r in labelled]
             logits, deltas = self._stage(levels, boxes, k)

@@ -11,6 +11,7 @@ from torchvision.ops import roi_align
 
 from rtshpc.core.config import RoIConfig
 from rtshpc.fusion.recompute import chain, same
+from rtshpc.model.choices import choices
 from rtshpc.model.heads.pooling import Pooled, rois
 from rtshpc.model.layers import ConvNorm, start_msra, start_normal, waits_for_others
 
@@ -81,7 +82,7 @@ def crop_masks(masks: Sequence[Tensor], boxes: Sequence[Tensor], matched: Sequen
     for mask, box, index in zip(masks, boxes, matched, strict=True):
         if len(box) == 0:
             continue
-        used, place = index.unique(return_inverse=True)
+        used, place = choices().distinct(index, len(mask))
         places = torch.cat((place[:, None].float(), box.float()), dim=1)
         found.append(roi_align(mask[used, None].float(), places, 2 * POOLED, 1.0, 0, aligned=True)[:, 0] >= 0.5)
     if not found:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from rtshpc.model.choices import choices
 from rtshpc.model.heads.boxes import area
 
 FIRST, LAST = 2, 5
@@ -64,6 +65,11 @@ def levels_of(boxes: Tensor) -> Tensor:
     return level.clamp(min=FIRST, max=LAST).long() - FIRST
 
 
+def levels_within(side: float) -> int:
+    """Levels that boxes of sides up to `side` px, and as large as that, lie on."""
+    return int(levels_of(torch.tensor([[0.0, 0.0, side, side]]))) + 1
+
+
 def rois(boxes: Sequence[Tensor]) -> Tensor:
     """Boxes (N_i, 4) of each image to (sum N_i, 5), the image's index first."""
     return torch.cat([torch.cat((b.new_full((len(b), 1), i), b), dim=1) for i, b in enumerate(boxes)])
@@ -83,8 +89,7 @@ def pool(levels: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> Tensor
     every = rois([b.float() for b in boxes])
     chosen = levels_of(every[:, 1:])
     parts, places = [], []
-    for i in range(LAST - FIRST + 1):
-        place = torch.nonzero(chosen == i)[:, 0]
+    for i, place in enumerate(choices().groups(chosen, LAST - FIRST + 1)):
         if len(place) or i == 0:
             # fp32 also under autocast: RoIAlign keeps nothing of its input, so this costs no memory.
             stride = 2 ** (FIRST + i)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
 
 from rtshpc.core.config import RPNConfig
+from rtshpc.model.choices import choices
 from rtshpc.model.heads.anchors import Anchors
 from rtshpc.model.heads.boxes import BoxCoder, Matcher, clip, iou, nonempty
-from rtshpc.model.heads.sampling import Draw, in_ignored, subsample
+from rtshpc.model.heads.sampling import Draw, in_ignored, quota, subsample
 from rtshpc.model.layers import ConvNorm, start_normal
 
 if TYPE_CHECKING:
@@ -96,14 +96,17 @@ class RPN(nn.Module):
         every = torch.cat(anchors)
         labelled = [self.label(every, target, draw) for target, draw in zip(targets, draws, strict=True)]
         labels = torch.stack([labels for labels, _ in labelled])
-        positive, chosen = labels == 1, labels >= 0
-        scores, moves = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
-        objectness = F.binary_cross_entropy_with_logits(scores[chosen], labels[chosen].float(), reduction="sum")
+        share = self.config.anchors_per_image * len(targets)
+        chosen = choices().where(labels.flatten() >= 0, share)
+        positive = choices().where(labels.flatten() == 1, self._quota() * len(targets))
+        scores, moves = torch.cat(logits, dim=1).flatten(), torch.cat(deltas, dim=1).flatten(0, 1)
+        truth = labels.flatten()[chosen].float()
+        objectness = F.binary_cross_entropy_with_logits(scores[chosen], truth, reduction="sum")
+        sources = [every[choices().where(row == 1, self._quota())] for row in labels]
         wanted = torch.cat(
-            [self.coder.encode(every[row == 1], boxes) for row, (_, boxes) in zip(labels, labelled, strict=True)]
+            [self.coder.encode(source, boxes) for source, (_, boxes) in zip(sources, labelled, strict=True)]
         )
         place = F.l1_loss(moves[positive], wanted, reduction="sum")
-        share = self.config.anchors_per_image * len(targets)
         return {"loss_rpn_cls": objectness / share, "loss_rpn_loc": place / share}
 
     @torch.no_grad()
@@ -115,7 +118,11 @@ class RPN(nn.Module):
         labels = torch.full_like(labels, -1)
         labels[first] = 1
         labels[second] = 0
-        return labels, target.boxes[matched[labels == 1]]
+        return labels, target.boxes[matched[choices().where(labels == 1, self._quota())]]
+
+    def _quota(self) -> int:
+        """Most foreground anchors of an image in the losses."""
+        return quota(self.config.anchors_per_image, self.config.positive_fraction)
 
     def _propose(
         self, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor], sizes: Sequence[tuple[int, int]]
@@ -136,8 +143,8 @@ class RPN(nn.Module):
             )
             sound = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
             boxes = clip(boxes, size)
-            sound &= nonempty(boxes)
-            boxes, scores, group = boxes[sound], scores[sound], level[sound]
-            keep = batched_nms(boxes, scores, group, self.config.nms_iou)[:after]
+            whole = choices().where(sound & nonempty(boxes))
+            boxes, scores, group = boxes[whole], scores[whole], level[whole]
+            keep = choices().unsuppressed(boxes, scores, group, self.config.nms_iou, after)
             found.append((boxes[keep], scores[keep]))
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rtshpc.model.choices import choices
 from rtshpc.model.heads.boxes import clip
 
 IGNORED_SHARE = 0.5
@@ -28,6 +29,11 @@ class Draw:
         return None if self.generator is None else torch.rand(count, generator=self.generator)
 
 
+def quota(count: int, share: float) -> int:
+    """Most foreground among `count` candidates of a loss."""
+    return int(count * share)
+
+
 def subsample(labels: Tensor, count: int, share: float, background: int, draw: Draw) -> tuple[Tensor, Tensor]:
     """Chooses candidates for a loss.
 
@@ -41,9 +47,9 @@ def subsample(labels: Tensor, count: int, share: float, background: int, draw: D
     Returns:
         Indices of the chosen foreground and of the chosen background.
     """
-    positive = torch.nonzero((labels != -1) & (labels != background))[:, 0]
-    negative = torch.nonzero(labels == background)[:, 0]
-    few = min(len(positive), int(count * share))
+    positive = choices().where((labels != -1) & (labels != background), quota(count, share))
+    negative = choices().where(labels == background)
+    few = min(len(positive), quota(count, share))
     many = min(len(negative), count - few)
     first = draw.order(len(positive))[:few].to(labels.device)
     second = draw.order(len(negative))[:many].to(labels.device)
@@ -60,7 +66,7 @@ def in_ignored(boxes: Tensor, ignore: Tensor) -> Tensor:
     Returns:
         (N,) bool: more than `IGNORED_SHARE` of the box's area on the image is ignored.
     """
-    if not bool(ignore.any()):
+    if not choices().holds(ignore.any(), usual=False):
         return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     height, width = ignore.shape
     total = torch.zeros(height + 1, width + 1, dtype=torch.int64, device=boxes.device)

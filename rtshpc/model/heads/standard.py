@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rtshpc.core.config import RoIConfig
+from rtshpc.model.choices import choices
 from rtshpc.model.detections import Detections
 from rtshpc.model.heads import mask as masks
 from rtshpc.model.heads.box import POOLED, BoxHead, BoxPredictor, RoIs, choose
 from rtshpc.model.heads.boxes import BoxCoder, Matcher, iou
 from rtshpc.model.heads.pooling import Pooled
-from rtshpc.model.heads.sampling import Draw, in_ignored, subsample
+from rtshpc.model.heads.sampling import Draw, in_ignored, quota, subsample
 
 if TYPE_CHECKING:
     from rtshpc.data.sample import Target
@@ -108,7 +109,8 @@ class RoIHeads(nn.Module):
 
     def _mask_loss(self, levels: Sequence[Tensor], sampled: list[RoIs], targets: Sequence[Target]) -> Tensor:
         assert self.mask_head is not None
-        front = [r[(r.classes >= 0) & (r.classes < self.classes)] for r in sampled]
+        most = quota(self.config.rois_per_image, self.config.positive_fraction)
+        front = [r[choices().where((r.classes >= 0) & (r.classes < self.classes), most)] for r in sampled]
         boxes, matched = [r.boxes for r in front], [r.matched for r in front]
         wanted = masks.crop_masks([t.masks for t in targets], boxes, matched)
         features = Pooled(levels, boxes, masks.POOLED)

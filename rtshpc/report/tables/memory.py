@@ -5,21 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from rtshpc.core.sizing.measured import Measurement, Protocol
 from rtshpc.report import paper
 from rtshpc.report.collect import CellResult, RunRecords
-from rtshpc.report.entries import MIB, Entry, Table, measured, missing, modality_set, printed, sources, words
+from rtshpc.report.entries import MIB, Entry, Table, measured, missing, modality_set, printed, signed, sources, words
 
 BACKENDS = {
-    "cuda": ("CUDA allocator", "allocator_peak_bytes", "peak of the CUDA allocator"),
+    "cuda": (
+        "CUDA allocator",
+        "alloc_peak_fb",
+        "the most that the CUDA allocator had handed out in forward and backward",
+    ),
     "cpu": (
-        "CPU saved tensors",
-        "sum_bytes",
-        "parameters + gradients + tensors saved for backward, counted on a CPU; not what a GPU's allocator would show",
+        "CPU tensors alive",
+        "live_peak_fb",
+        "the most bytes of tensors alive at once in forward and backward, counted on a CPU; not what a GPU's allocator shows",
     ),
 }
 """backend -> (label, the key that is its peak, what that is)."""
 
-PARTS = (("parameters_bytes", "Parameters"), ("gradients_bytes", "Gradients"), ("activations_bytes", "Activations"))
+FROZEN = {"pretrained": "pretrained backbones", "cached": "stored scales"}
+"""Arms that are held against full training -> what they train on."""
+
+PARTS = (("params", "Parameters"), ("grads", "Gradients"), ("activations", "Activations"))
+
+DEVICE = (
+    ("alloc_peak_step", "Peak with optimizer, MiB", 1, MIB),
+    ("optim_state", "Optimizer's state, MiB", 1, MIB),
+    ("reserved_peak", "Reserved by the allocator, MiB", 1, MIB),
+    ("device_used_peak_v2", "Used of the device (NVML v2), MiB", 1, MIB),
+    ("device_baseline", "Used before (NVML v2), MiB", 1, MIB),
+    ("driver_reserved", "Driver's own (NVML v2), MiB", 1, MIB),
+    ("process_peak", "Of the process (NVML), MiB", 1, MIB),
+    ("rss_peak", "RSS peak, MiB", 1, MIB),
+    ("step_seconds", "Step, s", 3, 1.0),
+    ("samples_per_second", "Samples/s", 2, 1.0),
+    ("data_wait_share", "Waiting for data", 3, 1.0),
+    ("gpu_utilisation", "GPU utilisation", 2, 1.0),
+    ("energy_joules", "Energy of the steps, J", 1, 1.0),
+    ("cpu_seconds", "Processor time of the steps, s", 2, 1.0),
+)
+"""Figures of whole steps, with the optimizer, and of the device: key, column, decimals, unit."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +123,16 @@ def groups(records: RunRecords) -> tuple[tuple[Group, ...], tuple[Measured, ...]
 
 
 def protocol_words(protocol: Any) -> str:
-    """`256 px chip, bf16, batch 1, 1 warm-up, 3 measured, seed 0`, of what the record says."""
-    if not isinstance(protocol, dict):
+    """How a record was measured, in words."""
+    try:
+        return Protocol.model_validate(protocol).words
+    except ValidationError:
         return "protocol not recorded"
-    forms = (
-        ("chip_px", "{} px chip"),
-        ("precision", "{}"),
-        ("batch", "batch {}"),
-        ("warmups", "{} warm-up"),
-        ("repeats", "{} measured"),
-        ("seed", "seed {}"),
-    )
-    return ", ".join(form.format(protocol[key]) for key, form in forms if protocol.get(key) is not None)
 
 
 def ratio(group: Group, row: Measured) -> Entry:
-    """Peak of a pretrained cell over that of the full training of the same modalities, percent."""
-    if row.arm != "pretrained":
+    """Peak of a pretrained or cached cell over that of the full training of the same modalities, percent."""
+    if row.arm not in FROZEN:
         return words("–")
     full = group.full(row)
     a, b = row.peak(group.key), full.peak(group.key) if full else None
@@ -127,6 +148,14 @@ def paper_ratio(modalities: int, arm: str) -> float | None:
     return value / full if arm == "pretrained" and full and value else None
 
 
+def figure(row: Measured, key: str, places: int = 0, scale: float = 1.0) -> Entry:
+    """A figure of a measurement; where the record holds null, its own reason."""
+    if row.result.record is not None and row.result.get(key) is None:
+        reason = row.result.get(f"reasons.{key}") or "the record holds no value"
+        return missing(str(reason), f"{row.result.source}#results.reasons.{key}")
+    return measured(row.result, key, places, scale)
+
+
 def memory_table(group: Group, position: int) -> Table:
     """Table 2 of the paper for one backend: never two backends in one table."""
     body: list[tuple[Entry, ...]] = []
@@ -137,18 +166,17 @@ def memory_table(group: Group, position: int) -> Table:
             (
                 words(modality_set(row.modalities)),
                 words(row.arm),
-                measured(row.result, group.key, 1, MIB),
+                figure(row, group.key, 1, MIB),
                 ratio(group, row),
                 printed(paper.MEMORY_MB.get((count, row.arm)), 0),
                 printed(100 * printed_ratio if printed_ratio else None, 1, unit=" %"),
-                *(measured(row.result, key, 1, MIB) for key, _ in PARTS),
-                _nvml(row),
-                measured(row.result, "rss_peak_bytes", 1, MIB),
-                measured(row.result, "step_seconds", 3),
+                *(figure(row, key, 1, MIB) for key, _ in PARTS),
+                *predicted(group, row),
+                *(figure(row, f"counts.{key}") for key in ("rois_per_image", "foreground_per_image.mask")),
             )
         )
     return Table(
-        "memory" if position == 0 else f"memory_{position + 1}",
+        _name("memory", position),
         f"{group.label}, {group.device}: {group.protocol}. MiB; the paper's figures in MB as printed.",
         (
             "Modalities",
@@ -158,27 +186,61 @@ def memory_table(group: Group, position: int) -> Table:
             "Peak, paper",
             "of full, paper",
             *(name for _, name in PARTS),
-            "NVML peak",
-            "RSS peak",
-            "Step, s",
+            "Peak, predicted",
+            "Error, %",
+            "RoIs an image",
+            "Masks an image",
         ),
         tuple(body),
         (
-            f"Peak is the {group.meaning}." if group.backend == "cuda" else f"Peak is {group.meaning}.",
+            f"Peak is {group.meaning}.",
             "The paper measured MViTv2-B on an RTX A5000; its figures are matched by the number of modalities. "
-            "“of full” is the peak on pretrained, frozen backbones over the peak of full training.",
+            "“of full” is the peak on frozen backbones, or on their stored scales, over the peak of full training. "
+            "The paper does not say how many RoIs its sample had: here they are as many as the last columns say.",
         ),
     )
 
 
-def _nvml(row: Measured) -> Entry:
-    if row.result.get("nvml_peak_bytes") is None:
-        return missing(str(row.result.get("nvml_reason") or "the record gives no reason"), row.result.source)
-    return measured(row.result, "nvml_peak_bytes", 1, MIB)
+def predicted(group: Group, row: Measured) -> tuple[Entry, Entry]:
+    """What the peak was expected to be, MiB, and by how much of the measured one that is wrong, percent."""
+    if row.result.record is not None and row.result.get("predicted") is None:
+        absent = figure(row, "predicted")
+        return absent, absent
+    error = measured(row.result, f"predicted.error.{group.key}", 1, 0.01)
+    if error.value is not None:
+        error = signed(100 * error.value, 1, error.source)
+    return measured(row.result, f"predicted.{group.key}", 1, MIB), error
+
+
+def device_table(group: Group, position: int) -> Table:
+    """Whole steps, with the optimizer, and what the driver says of the device: a figure each that is never mixed."""
+    columns = [(name, [figure(row, key, *form) for row in group.rows]) for key, name, *form in DEVICE]
+    reasons: dict[str, list[str]] = {}
+    for name, entries in columns:
+        notes = {entry.note for entry in entries}
+        if len(notes) == 1 and all(entry.kind == "missing" for entry in entries):
+            reasons.setdefault(notes.pop(), []).append(name.split(",")[0])
+    silent = {name for names in reasons.values() for name in names}
+    shown = [(name, entries) for name, entries in columns if name.split(",")[0] not in silent]
+    body = [
+        (words(modality_set(row.modalities)), words(row.arm), *(entries[i] for _, entries in shown))
+        for i, row in enumerate(group.rows)
+    ]
+    return Table(
+        _name("steps", position),
+        f"Steps with the optimizer on {group.device}, median; the driver's figures are of the whole device.",
+        ("Modalities", "Training", *(name for name, _ in shown)),
+        tuple(body),
+        tuple(f"Not measured ({reason}): {', '.join(names)}." for reason, names in reasons.items()),
+    )
+
+
+def _name(name: str, position: int) -> str:
+    return name if position == 0 else f"{name}_{position + 1}"
 
 
 def sentences(all_groups: tuple[Group, ...]) -> tuple[Entry, ...]:
-    """What pretrained backbones save, one sentence for each pair that was measured."""
+    """What frozen backbones save, one sentence for each pair that was measured."""
     found: list[Entry] = []
     for group in all_groups:
         for row in group.rows:
@@ -189,7 +251,7 @@ def sentences(all_groups: tuple[Group, ...]) -> tuple[Entry, ...]:
             beside = f"; the paper printed {100 * printed_ratio:.1f} %" if printed_ratio else ""
             found.append(
                 Entry(
-                    f"{modality_set(row.modalities)} on pretrained backbones needs {entry.text} of the memory of full "
+                    f"{modality_set(row.modalities)} on {FROZEN[row.arm]} needs {entry.text} of the memory of full "
                     f"training ({group.label}{beside}).",
                     "text",
                     entry.source,
@@ -198,41 +260,33 @@ def sentences(all_groups: tuple[Group, ...]) -> tuple[Entry, ...]:
     return tuple(found)
 
 
-_CSV = (
-    "device",
-    "backend",
-    "arm",
-    "parameters_bytes",
-    "trainable_parameters",
-    "total_parameters",
-    "gradients_bytes",
-    "activations_bytes",
-    "sum_bytes",
-    "allocator_peak_bytes",
-    "reserved_peak_bytes",
-    "rss_peak_bytes",
-    "nvml_peak_bytes",
-    "nvml_reason",
-    "step_seconds",
+_CSV = tuple(
+    name
+    for name in Measurement.model_fields
+    if name not in ("arm", "modalities", "protocol", "step_seconds_each", "reasons", "counts", "predicted")
 )
+_COUNTS = ("rois_per_image", "foreground_per_image.stage0", "foreground_per_image.mask")
 
 
 def memory_csv(records: RunRecords) -> tuple[list[str], list[list[Any]]]:
     """Everything the measure records hold, one row a cell, bytes as recorded."""
     made, absent = groups(records)
     body: list[list[Any]] = []
+    counts = [f"counts.{key}" for key in _COUNTS]
+    peaks = [f"predicted.{key}" for _, key, _ in BACKENDS.values()]
     for row in (*(row for group in made for row in group.rows), *absent):
-        count = len(row.modalities)
+        reasons = row.result.get("reasons")
         body.append(
             [
                 row.result.cell.id,
                 "+".join(row.modalities),
                 row.arm,
-                *(row.result.get(key) for key in _CSV if key != "arm"),
+                *(row.result.get(key) for key in (*_CSV, *counts, *peaks)),
+                "; ".join(f"{key}: {why}" for key, why in reasons.items()) if isinstance(reasons, dict) else None,
                 protocol_words(row.result.get("protocol")) if row.result.record else None,
-                paper.MEMORY_MB.get((count, row.arm)),
+                paper.MEMORY_MB.get((len(row.modalities), row.arm)),
                 row.result.reason or "done",
             ]
         )
-    columns = ["cell", "modalities", "arm", *(key for key in _CSV if key != "arm"), "protocol", "paper_MB", "status"]
-    return columns, body
+    given = ("cell", "modalities", "arm", *_CSV, *counts, *peaks, "reasons", "protocol", "paper_MB", "status")
+    return list(given), body

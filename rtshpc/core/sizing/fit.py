@@ -1,0 +1,98 @@
+"""What makes a training fit a GPU: chips worked on at a time, and what else there is to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rtshpc.core.sizing.memory import MemorySpec
+from rtshpc.core.sizing.predict import Figures, Overhead
+
+PARTITIONS = {"A5000 24 GB": 24, "A100 40 GB": 40, "A100 80 GB": 80}
+"""Name -> memory of one GPU, GB, as `site.gpu_memory_gb` has it."""
+
+
+def at_once(spec: MemorySpec, count: int) -> MemorySpec:
+    """`spec` with so many chips of its batch worked on at a time."""
+    return spec.model_copy(update={"micro_batch": 0 if count == spec.batch else count})
+
+
+def levers(spec: MemorySpec) -> dict[str, MemorySpec]:
+    """What would take less memory, in the words of the config -> the spec with it, one chip at a time.
+
+    The first ones keep the losses; from `frozen_dtype` on the result is another one.
+    """
+    least = at_once(spec, 1)
+    found: dict[str, MemorySpec] = {}
+    lean = _changed(
+        least,
+        backbone={"checkpoint": "blocks", "attention": "fused"} if spec.model.backbone.kind == "mvit" else {},
+        roi={"recompute": True},
+        fusion={"recompute": True},
+    )
+    if lean.model != spec.model:
+        found["checkpointing (backbone.checkpoint: blocks, attention: fused, roi.recompute, fusion.recompute)"] = lean
+    if spec.precision == "fp32":
+        found["precision: bf16"] = least.model_copy(update={"precision": "bf16"})
+        found["precision: bf16 and checkpointing"] = lean.model_copy(update={"precision": "bf16"})
+    fusable = len(spec.channels) > 1 and not spec.model.fusion.early
+    if spec.arm == "full" and fusable:
+        found["frozen (backbones: pretrained)"] = least.model_copy(update={"arm": "pretrained"})
+    if spec.arm in ("full", "pretrained") and fusable:
+        found["cached (backbones: pretrained, features: cached)"] = least.model_copy(update={"arm": "cached"})
+    if spec.chip_px >= 64:
+        half = spec.chip_px // 2
+        found[f"smaller chips (chip.size_px: {half} px at the detector)"] = least.model_copy(update={"chip_px": half})
+    return found
+
+
+def _changed(spec: MemorySpec, **sections: Mapping[str, Any]) -> MemorySpec:
+    changed = {name: getattr(spec.model, name).model_copy(update=values) for name, values in sections.items()}
+    return spec.model_copy(update={"model": spec.model.model_copy(update=changed)})
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits into a memory.
+
+    Attributes:
+        at_once: most chips worked on at a time, at the same batch; None = not even one fits.
+        need: bytes with that many, or with one where none fits; None = nothing is predicted.
+        advice: what would make it fit, one chip at a time -> bytes.
+    """
+
+    at_once: int | None
+    need: int | None
+    advice: Mapping[str, int]
+
+
+def fit(spec: MemorySpec, size: int, extra: Overhead, trace: Callable[[MemorySpec], Figures]) -> Fit:
+    """The most chips of a batch that a GPU takes at a time, or what would make one fit.
+
+    Args:
+        spec: of a training; its batch stays.
+        size: memory of the GPU, bytes.
+        extra: what it holds beside tensors.
+        trace: figures of a spec; asked for no more than it takes.
+    """
+
+    def need(one: MemorySpec) -> int | None:
+        return extra.need(trace(one))
+
+    whole = need(spec)
+    if whole is None or whole <= size:
+        return Fit(None if whole is None else spec.batch, whole, {})
+    least = need(at_once(spec, 1))
+    if least is None or least > size:
+        asked = {words: need(lever) for words, lever in levers(spec).items()}
+        return Fit(None, least, {words: found for words, found in asked.items() if found is not None and found <= size})
+    low, high, best = 1, spec.batch, least
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = need(at_once(spec, middle))
+        if found is not None and found <= size:
+            low, best = middle, found
+        else:
+            high = middle
+    return Fit(low, best, {})

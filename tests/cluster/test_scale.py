@@ -1,0 +1,59 @@
+"""A scaling study on a real Slurm: 1, 2 and 4 tasks on two nodes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rtshpc.core.paths import RunPaths
+from rtshpc.core.records import read_record
+from rtshpc.core.sizing.scaling import scale_points
+
+from .conftest import Login
+from .lab import wait_for
+
+COUNTS = ("--gpus", "1,2,4", "--concurrency", "2", "--tasks", "2", "--repeats", "1")
+SETS = (
+    "data.modalities={rgb: {bands: [red, green, blue]}}",
+    "finetune.modalities=[rgb]",
+    "finetune.backbones=full",
+    "scale.batch=4",
+    "scale.batch_per_gpu=1",
+    "scale.steps=3",
+    "scale.warmups=1",
+    "scale.waves=1",
+    "site.gpus=0",
+    "site.tasks_per_node=2",
+)
+
+
+@pytest.mark.full
+def test_a_study_over_two_nodes_is_measured_killed_or_not_and_every_figure_names_its_job(login: Login) -> None:
+    line = ("--site", "lab", *COUNTS, *(word for one in SETS for word in ("--set", one)))
+    sent = login("scale", *line)
+    assert sent.returncode == 0, sent.stderr
+    assert "12 cells submitted" in sent.stdout, sent.stdout
+    paths = RunPaths(login.runs / "tiny-scale-lab")
+    wait_for("the first is measured", lambda: bool(scale_points(paths)), 120)
+    again = login("scale", *line)
+    assert "0 cells submitted" in again.stdout, again.stdout + again.stderr
+    login.lab.wait_until_empty(400)
+    points = {(one.kind, one.count): one for one in scale_points(paths)}
+    assert set(points) == {
+        *((kind, count) for kind in ("strong", "weak") for count in (1, 2, 4)),
+        ("array", 2),
+        ("preprocess", 2),
+        ("map", 2),
+    }
+    assert [points["strong", count].nodes for count in (1, 2, 4)] == [1, 1, 2]
+    assert [points["weak", count].batch for count in (1, 2, 4)] == [1, 2, 4]
+    for (kind, count), point in points.items():
+        assert point.device == "cpu" and len(set(point.jobs)) == len(point.sources) == (2 if kind == "array" else 1)
+        for job, source in zip(sorted(point.jobs), point.sources, strict=True) if kind != "array" else ():
+            record = read_record(paths.root / source)
+            assert record is not None and record.results["job"] == job and record.attempts == 1
+            assert login.lab.job(job)["NumTasks"] == str(count) and login.lab.job(job)["JobState"] == "COMPLETED"
+    shown = json.loads(login("scale", *line, "--show", "--json").stdout)
+    assert [row["count"] for row in shown["rows"] if row["kind"] == "strong"] == [1, 2, 4]
+    assert "nothing to do" in login("scale", *line).stdout
