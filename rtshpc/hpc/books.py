@@ -31,6 +31,9 @@ STOPPED = "stopped"
 BAD_NODE = "bad node"
 """How an attempt ended that found its node or GPU broken."""
 
+LAUNCHED = "RTSHPC_LAUNCHED"
+"""Environment variable of local tasks: the launch that they are of."""
+
 AVOIDED_HOURS = 24.0
 """So long new jobs of a run avoid a node that one of its tasks found broken: it may be mended by then."""
 
@@ -168,6 +171,14 @@ def _last_word(folder: CellPaths, started: str) -> str:
         if file.is_file():
             latest = max(latest, file.stat().st_mtime)
     return datetime.fromtimestamp(latest, UTC).isoformat(timespec="seconds")
+
+
+def submission() -> tuple[str, str]:
+    """(this job, what was submitted together with it): Slurm's numbers, here `host:pid` and the launch."""
+    known, job = os.environ, _given()["job"]
+    if job:
+        return job, job.partition("_")[0]
+    return f"{node_name()}:{os.getpid()}", f"{node_name()}:{known.get(LAUNCHED, os.getppid())}"
 
 
 def _given() -> dict[str, Any]:

@@ -157,6 +157,11 @@ def with_more_memory(config: RunConfig, rows: Iterable[Mapping[str, Any]], paths
     if any(row["oom"] == "node" for row in short):
         changed["memory_gb"] = _more_memory(config.site)
     if on_gpu := [row for row in short if row["oom"] == "gpu"]:
+        if any(row["stage"] == "scale" for row in on_gpu):
+            way_out = (
+                "run `scale` again with --set site.micro_batch=N: those that had more chips at once are made again"
+            )
+            raise RunError(f"{paths.root}: measurements ran out of a GPU's memory; {way_out}")
         at_once = [_chips_at_once(read_cell(paths.cell(str(row["id"])).config), config.site) for row in on_gpu]
         if min(at_once) < 2:
             label = str(on_gpu[at_once.index(min(at_once))]["label"])

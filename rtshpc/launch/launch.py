@@ -128,8 +128,7 @@ def _here(console: Console, plan: Plan, ledger: Ledger) -> int:
         text = f"stopped; run the same line again, or `retry {plan.paths.root}`, to go on"
         console.print(text, markup=False, soft_wrap=True)
         return 130
-    with suppress(OSError, RunError):  # a full disk is told by what failed for it
-        keep_usage(plan.paths, launching=True)
+    keep_usage(plan.paths, launching=True)
     _results(console, plan)
     return _failures(console, outcome)
 

@@ -222,6 +222,7 @@ def _watch_launcher() -> None:
     token = os.environ.pop(LAUNCHER, "")
     if not token:
         return
+    os.environ[books.LAUNCHED] = token
 
     def watch() -> None:
         while launcher_lives(token):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import SILENT, Progress
 from rtshpc.core.scenes import list_scenes
 from rtshpc.data.reader import read_index
-from rtshpc.engine.detectors import fresh
+from rtshpc.engine.detectors import channels_of, fresh
 from rtshpc.engine.distributed import Group, run_group
 from rtshpc.engine.feed import batches, full_steps
 from rtshpc.engine.loop import Training, computing
 from rtshpc.engine.nearby import near
-from rtshpc.hpc.attempt import job_name
+from rtshpc.hpc import books
 from rtshpc.mapping.pieces import write_pieces
 from rtshpc.mapping.scenes.strips import ReadFacts
 from rtshpc.mapping.scenes.survey import survey
@@ -61,18 +60,19 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> Measured:
         "preprocess": (_preprocess, "cpu"),
         "map": (_map, config.map.device),
     }.get(task.kind, (_train, config.finetune.device))
+    progress("scale", 0, 1, f"{task.kind} {task.count}")
     found = run_group(work, processes, device, (cell, paths, progress))
-    known = os.environ
     if found["processes"] != processes and task.kind != "array":
         raise RunError(
             f"{cell.label}: {found['processes']} processes came, not {processes}; submit it by `launch scale`"
         )
+    job, series = books.submission()
     return {
         **task.model_dump(mode="json"),
         **found,
-        "nodes": int(known.get("SLURM_JOB_NUM_NODES", "1")),
-        "job": job_name(known) if "SLURM_JOB_ID" in known else f"{platform.node()}:{os.getpid()}",
-        "series": known.get("SLURM_ARRAY_JOB_ID") or known.get("SLURM_JOB_ID") or f"{platform.node()}:{os.getppid()}",
+        "nodes": int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
+        "job": job,
+        "series": series,
         "ended": time.time(),
     }
 
@@ -153,6 +153,9 @@ def _map(group: Group, cell: Cell, paths: RunPaths, progress: Progress) -> Measu
     own = [(scene, block) for scene in usable for block in range(scene.blocks)][group.rank :: group.size]
     detector = fresh(cell.model_copy(update={"arm": "full"})).to(group.device).eval()
     detect = detecting(detector, group.device, config.map.precision)
+    side = config.data.chip.size_px * config.data.chip.enlarge
+    empty = {name: torch.zeros(1, bands, side, side) for name, bands in channels_of(config, cell.modalities).items()}
+    detect(empty)  # the warm-up: kernels are chosen and memory is taken once
     out = paths.cell(cell.id).pieces
 
     def share() -> tuple[int, int]:

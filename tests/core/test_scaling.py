@@ -90,6 +90,13 @@ def test_another_site_another_detector_and_other_data_are_other_measurements_but
     assert all(set(first).isdisjoint(other) for other in others)
 
 
+def test_fewer_chips_at_once_make_only_those_measurements_anew_that_had_more() -> None:
+    config = demo(gpus=[1, 2, 4], concurrency=[], tasks=[1], repeats=1)
+    less = config.model_copy(update={"site": config.site.model_copy(update={"micro_batch": 4})})
+    before, after = ({cell.id: cell.label for cell in scale_cells(one, "f")} for one in (config, less))
+    assert {label for id, label in before.items() if id not in after} == {"scale strong 1, repeat 1/1"}
+
+
 def test_repeats_are_submitted_together_one_at_a_time_and_each_array_measurement_alone() -> None:
     cells = scale_cells(demo(gpus=[1, 2], concurrency=[2], tasks=[2], repeats=3), "f")
     assert [len(batch) for batch in batches(cells)] == [3, 3, 3, 3, 4, 4, 4, 3, 3]

@@ -105,6 +105,16 @@ def test_a_training_over_nodes_has_a_task_for_each_gpu_and_other_stages_one(slur
         load_site("local", ["nodes=2"])
 
 
+def test_a_training_on_cpus_has_as_many_tasks_a_node_as_the_site_says(slurm: Path, tmp_path: Path) -> None:
+    for nodes in (1, 2):
+        site = load_site("slurm-a5000", [f"nodes={nodes}", "gpus=0", "tasks_per_node=2"])
+        text = script(site, RunPaths(tmp_path / "run"), "pretrain", 1)
+        for line in (f"--nodes={nodes}", "--ntasks-per-node=2", "--cpus-per-task=8", "--mem=64GB"):
+            assert f"#SBATCH {line}\n" in text
+        assert "--kill-on-bad-exit=1" in text and "gpus" not in text
+        assert "#SBATCH --ntasks-per-node=1\n" in script(site, RunPaths(tmp_path / "run"), "evaluate", 1)
+
+
 def test_a_line_break_in_a_sites_words_is_refused() -> None:
     for key in ("account", "partition", "qos", "constraint", "wckey", "network_interface"):
         with pytest.raises(ConfigError, match=rf"{key} = .* must match"):

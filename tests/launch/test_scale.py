@@ -23,6 +23,7 @@ from rtshpc.hpc.executor import Job
 from rtshpc.launch import schedule
 from rtshpc.launch.__main__ import main
 from rtshpc.launch.display import Display, make_console
+from rtshpc.launch.jobs import with_more_memory
 from rtshpc.launch.plan import Plan, arrays, make_plan, plan_again, scale_plan, study_of
 from rtshpc.launch.submit import Ledger, prepare, refuse_other_data, submit_arrays, undo
 
@@ -131,6 +132,13 @@ def test_a_retry_of_one_job_of_a_measurement_takes_the_others_along(launcher: La
     lost = of_kind(plan, "array")[1]
     again = replace(plan_again(plan.config, plan.paths, "scale"), only=frozenset({lost.id}))
     assert labels(again.todo) == labels(of_kind(plan, "array")[:4])
+
+
+def test_measurements_that_ran_out_of_a_gpus_memory_are_made_again_by_scale_not_by_retry(launcher: Launcher) -> None:
+    plan = plan_of(launcher)
+    row = {"id": of_kind(plan, "strong")[0].id, "label": "scale strong 1", "stage": "scale", "oom": "gpu"}
+    with pytest.raises(RunError, match=r"run `scale` again with --set site\.micro_batch=N"):
+        with_more_memory(plan.config, [row], plan.paths)
 
 
 def test_a_measurement_is_submitted_whole_or_not_at_all(launcher: Launcher, programs: Any) -> None:

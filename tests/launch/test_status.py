@@ -223,8 +223,13 @@ def test_a_cell_is_named_by_id_beginning_label_or_words_of_it(plan: Plan) -> Non
         find_planned(plan.paths, "gathr")
 
 
+def refused(path: Any, value: Any) -> None:
+    """Stands for a folder that cannot be written."""
+    raise PermissionError(13, "Permission denied", str(path))
+
+
 def test_status_keeps_what_a_finished_run_has_cost_and_asks_again_only_for_new_attempts(
-    study: Any, programs: Any
+    study: Any, programs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = study()
     plan = read_json(paths.plan)
@@ -244,6 +249,10 @@ def test_status_keeps_what_a_finished_run_has_cost_and_asks_again_only_for_new_a
     append_line(cell / "spent.jsonl", {"attempt": 2, "ended": "2026-01-02T06:00:00+00:00", "how": "done"})
     assert main(["status", str(paths.root)]) == 0
     assert read_json(paths.usage)["total"]["node_hours"] == 4.0
+    paths.usage.unlink()
+    monkeypatch.setattr("rtshpc.launch.usage.run.write_json", refused)
+    assert main(["status", str(paths.root)]) == main(["usage", str(paths.root)]) == 0
+    assert not paths.usage.exists()
 
 
 def test_usage_adds_up_every_attempt_by_sacct_or_else_by_what_the_tasks_noted(

@@ -48,6 +48,20 @@ def test_an_attempt_notes_what_it_was_given_and_what_it_took(cell: CellPaths, mo
     assert done.cpu_s and done.cpu_s > 0
 
 
+def test_jobs_of_an_array_and_tasks_of_a_launch_are_known_to_belong_together(
+    cell: CellPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, launch = books.submission()
+    assert job.endswith(f":{os.getpid()}") and launch.endswith(f":{os.getppid()}")
+    monkeypatch.setenv(books.LAUNCHED, "77:123")  # of Submitit's tasks, each has a parent of its own
+    assert books.submission()[1].endswith(":77:123")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert books.submission() == ("12", "12")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert books.submission() == ("7_3", "7")
+
+
 def test_a_killed_attempt_ended_when_it_last_told_its_progress(cell: CellPaths) -> None:
     started = "2026-01-02T03:00:00+00:00"
     books.begin(cell, started)

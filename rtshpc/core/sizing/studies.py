@@ -14,7 +14,7 @@ from rtshpc.core.config.scale import TRAINED_KINDS
 from rtshpc.core.errors import ConfigError
 from rtshpc.core.grid import numbered, plain_of, shard_cells
 
-_SITE = ("name", "partition", "constraint", "gpu_type", "gpus", "nodes", "tasks_per_node", "cpus", "micro_batch")
+_SITE = ("name", "partition", "constraint", "gpu_type", "gpus", "nodes", "tasks_per_node", "cpus")
 """Keys of a site that can change how long something takes; the same study elsewhere is another one."""
 
 _FREE = {"batch_size", "epochs", "device", "checkpoint_seconds", "features", "features_dtype", "validate_every"}
@@ -95,7 +95,7 @@ def _cell(plain: RunConfig, task: ScaleTask, gather: Cell) -> Cell:
         timed["processes"] = task.count
     hashed: dict[str, Any] = {
         "task": task.model_dump(mode="json"),
-        "steps": [plain.scale.steps, plain.scale.warmups] if task.kind in TRAINED_KINDS else [],
+        "steps": _steps(plain, task) if task.kind in TRAINED_KINDS else [],
         "site": site.model_dump(mode="json", include=set(_SITE)),
         "needs": [gather.id],
         "stage": "scale",
@@ -113,6 +113,12 @@ def _cell(plain: RunConfig, task: ScaleTask, gather: Cell) -> Cell:
         data_fingerprint=gather.data_fingerprint,
         config=plain.model_copy(update={"site": site, "finetune": tuning.model_copy(update=timed)}),
     )
+
+
+def _steps(plain: RunConfig, task: ScaleTask) -> list[int]:
+    """What a timed training hashes of its steps: how many, and the chips that a process has at once."""
+    share = -(-task.batch // (1 if task.kind == "array" else task.count))
+    return [plain.scale.steps, plain.scale.warmups, min(share, plain.site.micro_batch or share)]
 
 
 def _inputs(config: RunConfig, fingerprint: str) -> str:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from rtshpc.launch.commands.options import run_folder, runs_option
-
-if TYPE_CHECKING:
-    from rtshpc.core.paths import RunPaths
 
 MOST_DONE = 40
 """Cells that are done are listed one by one in runs of up to so many cells; `--all` lists them always."""
@@ -49,17 +45,11 @@ def status(run: str, runs: str, watch: bool, every: float, everything: bool, as_
     else:
         click.echo(_text(facts, everything, as_json))
     if facts["finished"]:
-        _keep_usage(paths)
-    return 0
+        from rtshpc.launch.usage import keep_usage, usage_kept
 
-
-def _keep_usage(paths: RunPaths) -> None:
-    """Write usage.json while Slurm's accounting still knows; a folder that cannot be written is no fault of who looks."""
-    from rtshpc.launch.usage import keep_usage, usage_kept
-
-    with suppress(OSError):
-        if not usage_kept(paths):
+        if not usage_kept(paths):  # while Slurm's accounting still knows
             keep_usage(paths)
+    return 0
 
 
 def _text(facts: dict[str, Any], everything: bool, as_json: bool) -> str:

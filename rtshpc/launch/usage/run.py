@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -105,7 +106,7 @@ def _sums(spending: Spending, site: SiteConfig, idle: set[str], uncounted: bool)
 
 
 def keep_usage(paths: RunPaths, launching: bool = False) -> dict[str, Any]:
-    """As `run_usage`; what it gives is also written to usage.json where nothing of the run is at work or in a queue.
+    """As `run_usage`; what it gives is also written to usage.json, if that can be, where nothing of the run is at work or queued.
 
     Args:
         paths: the run.
@@ -113,12 +114,12 @@ def keep_usage(paths: RunPaths, launching: bool = False) -> dict[str, Any]:
 
     Raises:
         RunError: plan.json is absent or of another form.
-        OSError: it cannot be written.
     """
     facts, state = run_usage(paths), run_status(paths)
     at_work = any(cell["state"] in HELD_CELL for cell in state["cells"]) or (state["launcher"] and not launching)
     if not at_work and facts["source"] != "none" and read_json(paths.usage) != facts:
-        write_json(paths.usage, facts)
+        with suppress(OSError):  # of a folder of somebody else's, or on a full disk, it is told all the same
+            write_json(paths.usage, facts)
     return facts
 
 
