@@ -38,11 +38,14 @@ debian = if ! command -v $(1) >/dev/null && [ "$$(id -u)" = 0 ] && command -v ap
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(2) >/dev/null \
 	|| echo "$(1) could not be installed: $(3) will be skipped and say so"; fi
 
-# A browser to look at the report with; Slurm's daemons for a cluster of the tests' own.
+# A browser to look at the report with; Slurm's daemons for a cluster of the tests' own; Pango, which writes PDFs.
 apt:
 	@$(call debian,chromium,chromium,the browser tests)
 	@$(call debian,slurmctld,--no-install-recommends slurmctld slurmd slurm-client,the cluster tests)
 	@$(call debian,shellcheck,--no-install-recommends shellcheck,the check of the batch templates)
+	@if ! ldconfig -p 2>/dev/null | grep -q libpangoft2-1.0.so.0 && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends libpangoft2-1.0-0 libharfbuzz-subset0 >/dev/null \
+		|| echo "Pango could not be installed: tests of the PDF will be skipped and say so"; fi
 
 # A database for the cluster's accounting.
 apt-full: apt

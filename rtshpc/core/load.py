@@ -23,7 +23,14 @@ from rtshpc.core.errors import ConfigError, guess
 from rtshpc.core.grid import GridError, combinations
 from rtshpc.core.records import write_text
 
-FOLDERS = {"sweep": "sweeps", "data": "data", "model": "models", "site": "sites"}
+FOLDERS = {
+    "sweep": "sweeps",
+    "data": "data",
+    "model": "models",
+    "site": "sites",
+    "request": "requests",
+    "programme": "programmes",
+}
 """Kind of config -> folder under configs/."""
 
 PROVENANCE = "provenance"
@@ -53,7 +60,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 # Written in C where PyYAML was built with libyaml, and ten times as fast: for what this code has written itself.
 _OwnDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-_OwnLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+OwnLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass
@@ -242,17 +249,17 @@ def load_run(name_or_path: str | Path, sets: Sequence[str] = (), site: str | Non
 
 def load_data(name_or_path: str | Path, sets: Sequence[str] = ()) -> DataConfig:
     """A data set of configs/data, or of a path. Raises ConfigError."""
-    return _load_section("data", name_or_path, sets, DataConfig)
+    return load_section("data", name_or_path, sets, DataConfig)
 
 
 def load_model(name_or_path: str | Path, sets: Sequence[str] = ()) -> ModelConfig:
     """A model of configs/models, or of a path. Raises ConfigError."""
-    return _load_section("model", name_or_path, sets, ModelConfig)
+    return load_section("model", name_or_path, sets, ModelConfig)
 
 
 def load_site(name_or_path: str | Path, sets: Sequence[str] = ()) -> SiteConfig:
     """A site of configs/sites, or of a path. Raises ConfigError."""
-    return _load_section("site", name_or_path, sets, SiteConfig)
+    return load_section("site", name_or_path, sets, SiteConfig)
 
 
 def parse_set(text: str) -> tuple[Key, Any]:
@@ -300,14 +307,15 @@ def write_cell(path: Path, cell: Cell) -> None:
 
 def read_cell(path: Path) -> Cell:
     """The cell of `cells/<id>/config.yaml`. Raises ConfigError."""
-    return validate(Raw(read_yaml(path, _OwnLoader), {(): (_shown(path), 0)}), Cell)
+    return validate(Raw(read_yaml(path, OwnLoader), {(): (_shown(path), 0)}), Cell)
 
 
 def _dump(values: Mapping[str, Any]) -> str:
     return yaml.dump(values, Dumper=_OwnDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _load_section(kind: str, name_or_path: str | Path, sets: Sequence[str], model: type[AnySection]) -> AnySection:
+def load_section(kind: str, name_or_path: str | Path, sets: Sequence[str], model: type[AnySection]) -> AnySection:
+    """A config of this kind by name or path, with overrides. Raises ConfigError."""
     raw = _read(kind, str(name_or_path))
     for key, value in map(parse_set, sets):
         raw.assign(key, value, "--set")

@@ -213,6 +213,11 @@ class RunPaths:
         return self.root / "report"
 
     @property
+    def allocation(self) -> AllocationPaths:
+        """The report that asks for an allocation on this run's grounds."""
+        return AllocationPaths(self.root / "allocation")
+
+    @property
     def report_page(self) -> Path:
         return self.report / "index.html"
 
@@ -243,6 +248,33 @@ class RunPaths:
         """Make the run's folders, writable by the owner only as far as others are concerned."""
         for folder in (self.root, self.logs, self.shards, self.cells, self.report):
             make_private(folder)
+
+
+@dataclass(frozen=True)
+class AllocationPaths:
+    """The folder of an allocation report."""
+
+    root: Path
+
+    @property
+    def page(self) -> Path:
+        return self.root / "allocation.html"
+
+    @property
+    def markdown(self) -> Path:
+        return self.root / "allocation.md"
+
+    @property
+    def pdf(self) -> Path:
+        return self.root / "allocation.pdf"
+
+    def table(self, name: str) -> Path:
+        """One table as CSV."""
+        return self.root / f"{name}.csv"
+
+    def figure(self, name: str) -> Path:
+        """One figure as SVG."""
+        return self.root / "figures" / f"{name}.svg"
 
 
 def write_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -119,6 +120,15 @@ def gpus_here() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if not answer.returncode else []
+
+
+def gpu_driver(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of NVIDIA's driver, as its kernel module tells it; None where there is none."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", told.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def node_name() -> str:

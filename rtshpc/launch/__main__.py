@@ -14,7 +14,7 @@ from rtshpc.core.paths import write_alone
 from rtshpc.launch.commands.doctor import doctor
 from rtshpc.launch.commands.jobs import cancel, logs, retry
 from rtshpc.launch.commands.map import map_
-from rtshpc.launch.commands.report import report
+from rtshpc.launch.commands.report import allocation, report
 from rtshpc.launch.commands.status import status
 from rtshpc.launch.commands.sweep import measure, plan, scale, sweep
 from rtshpc.launch.commands.tools import assess, check, params, track, weights
@@ -32,6 +32,7 @@ COMMANDS = (
     retry,
     usage,
     report,
+    allocation,
     track,
     assess,
     check,

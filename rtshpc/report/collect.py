@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from rtshpc.core import grid
 from rtshpc.core.cell import RESULT_VERSION, STAGES, Cell
-from rtshpc.core.errors import RtshpcError
+from rtshpc.core.errors import ConfigError, RtshpcError
+from rtshpc.core.load import OwnLoader, parse_yaml
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import Record, read_json, read_lines, read_record
 from rtshpc.core.sizing.measured import refusal
@@ -29,6 +29,7 @@ class CellResult:
         reason: why there is no record; empty where there is one.
         failed: the last attempt left a failure.json (and no record).
         metrics: rows of metrics.jsonl.
+        run: name of its run, where a report is of several.
     """
 
     cell: Cell
@@ -37,11 +38,12 @@ class CellResult:
     reason: str = ""
     failed: bool = False
     metrics: tuple[Mapping[str, Any], ...] = ()
+    run: str = ""
 
     @property
     def source(self) -> str:
-        """Path of the record relative to the run."""
-        return f"cells/{self.cell.id}/record.json"
+        """Path of the record relative to the run, or to the folder of all runs of the report."""
+        return f"{self.run}{'/' if self.run else ''}cells/{self.cell.id}/record.json"
 
     def get(self, key: str) -> Any | None:
         """A value of the results by dotted key, e.g. `mask.AP50`; None where the record has none."""
@@ -99,17 +101,18 @@ def dig(value: Any, key: str) -> Any | None:
     return value
 
 
-def collect(paths: RunPaths, summary: Cell) -> RunRecords:
+def collect(paths: RunPaths, summary: Cell | None = None, run: str = "") -> RunRecords:
     """Read every cell, record, failure and curve of a run; nothing is written and nothing is computed.
 
     Args:
         paths: the run.
         summary: the summarise cell; its config says which cells the sweep has, so that one nobody has
             started is named too.
+        run: put before every source, where a report is of several runs.
     """
     found: list[CellResult] = []
     unreadable: list[tuple[str, str]] = []
-    planned = _planned(summary)
+    planned = _planned(summary) if summary else {}
     folders = sorted(paths.cells.iterdir()) if paths.cells.is_dir() else []
     for folder in folders:
         if not folder.is_dir():
@@ -120,8 +123,8 @@ def collect(paths: RunPaths, summary: Cell) -> RunRecords:
         if cell is None:
             unreadable.append((folder.name, why))
         elif cell.stage != "summarise":
-            found.append(_read_result(cell, CellPaths(folder)))
-    found += [CellResult(cell, paths.cell(name), None, NOT_RUN) for name, cell in planned.items()]
+            found.append(replace(_read_result(cell, CellPaths(folder)), run=run))
+    found += [CellResult(cell, paths.cell(name), None, NOT_RUN, run=run) for name, cell in planned.items()]
     by_id = {result.cell.id: result for result in found}
     explained = [_explain(result, by_id) for result in found]
     explained.sort(key=_order)
@@ -146,11 +149,10 @@ def _planned(summary: Cell) -> dict[str, Cell]:
 
 def _read_cell(paths: CellPaths) -> tuple[Cell | None, str]:
     try:
-        value = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
-        cell = Cell.model_validate(value)
+        cell = Cell.model_validate(parse_yaml(paths.config.read_text(encoding="utf-8"), paths.config.name, OwnLoader))
     except FileNotFoundError:
         return None, "config.yaml is missing"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, ConfigError):
         return None, "config.yaml cannot be read"
     except ValidationError as error:
         first = error.errors()[0]
@@ -193,7 +195,7 @@ def _explain(result: CellResult, by_id: Mapping[str, CellResult]) -> CellResult:
         if needed is not None and needed.record is None:
             why = "failed" if needed.failed else "has no record"
             text = f"not run: it needs {needed.cell.label or needed.cell.stage} ({name}), which {why}"
-            return CellResult(result.cell, result.paths, None, text)
+            return replace(result, reason=text)
     return result
 
 

@@ -38,6 +38,7 @@ class Part:
         gallery: pictures by cell.
         preformatted: (title, text) shown on a click as it is.
         maps: shown first; (name, title, caption, SVG of our own).
+        sections: (heading, statements) below the paragraphs.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Part:
     gallery: tuple[Pictures, ...] = ()
     preformatted: tuple[tuple[str, str], ...] = ()
     maps: tuple[tuple[str, str, str, str], ...] = ()
+    sections: tuple[tuple[str, tuple[Entry, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Content:
     """The whole report: title, a line on the setting, key figures and sections.
 
     Attributes:
+        kind: what it is, above the title.
         files: what lies beside the page.
         pictures: definitions that the maps use, SVG of our own.
     """
@@ -69,6 +72,7 @@ class Content:
     parts: tuple[Part, ...]
     files: tuple[str, ...] = ()
     pictures: str = ""
+    kind: str = "rtshpc report"
 
 
 def build(records: RunRecords, cell: Cell, config_text: str) -> Content:
@@ -143,7 +147,7 @@ def _parts(records: RunRecords, cell: Cell, rows: tuple[scores.Scored, ...], con
     absent = runs.absent_cells_table(records)
     parts = [_data(records, cell), _results(records, rows), _memory(records), _training(records), _gallery(rows)]
     if absent:
-        parts.append(Part("absent", "Cells without a result", tables=(_quiet(absent),)))
+        parts.append(Part("absent", "Cells without a result", tables=(quiet(absent),)))
     parts.append(
         Part(
             "provenance",
@@ -200,7 +204,7 @@ def _results(records: RunRecords, rows: tuple[scores.Scored, ...]) -> Part:
         "results",
         "Accuracy",
         tuple(paragraphs),
-        tuple(_quiet(table) for table in (*tables, *([sites] if sites else []))),
+        tuple(quiet(table) for table in (*tables, *([sites] if sites else []))),
         (chart,) if chart else (),
         (scores.absent_table(rows),),
     )
@@ -223,9 +227,7 @@ def _memory(records: RunRecords) -> Part:
         "Memory",
         tuple(paragraphs),
         tuple(
-            _quiet(make(group, i))
-            for i, group in enumerate(made)
-            for make in (memory.memory_table, memory.device_table)
+            quiet(make(group, i)) for i, group in enumerate(made) for make in (memory.memory_table, memory.device_table)
         ),
         (*charts, figures.paper_memory_bars()),
     )
@@ -236,7 +238,7 @@ def _training(records: RunRecords) -> Part:
         return Part("training", "Training", (missing("no training cell in this run"),))
     charts = figures.curves(records)
     paragraphs = () if charts else (missing("training curves: no metrics.jsonl holds a row"),)
-    return Part("training", "Training", paragraphs, (_quiet(runs.training_table(records)),), charts)
+    return Part("training", "Training", paragraphs, (quiet(runs.training_table(records)),), charts)
 
 
 def _gallery(rows: tuple[scores.Scored, ...]) -> Part:
@@ -256,7 +258,7 @@ def _pictures(name: str, result: CellResult, found: Mapping[str, tuple[Embedded,
     return Pictures(name, pictures, "" if pictures else result.reason or "the record lists no picture")
 
 
-def _quiet(table: Table) -> Table:
+def quiet(table: Table) -> Table:
     """Say each reason once a row: a cell without a record would repeat it in every column."""
     rows: list[tuple[Entry, ...]] = []
     for row in table.rows:

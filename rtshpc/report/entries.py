@@ -24,7 +24,8 @@ class Entry:
         kind: text, number, code, paper (printed there, not measured here) or missing.
         source: where it comes from, `FILE#dotted.key`, several joined by ` | `; empty for plain words.
         note: small print under it.
-        value: the number at full precision, for CSV; None for words.
+        value: the number at full precision, as its source holds it; None for words.
+        scale: what it is divided by where it is shown.
     """
 
     text: str
@@ -32,6 +33,7 @@ class Entry:
     source: str = ""
     note: str = ""
     value: float | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,17 @@ def number(value: Any, source: str, places: int = 0, scale: float = 1.0, note: s
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return missing(reason or "the record holds no value", source)
     shown = value / scale
-    return Entry(f"{shown:,.{places}f}".replace(",", "\u202f"), "number", source, note, value)
+    return Entry(thousands(shown, places), "number", source, note, value, scale)
+
+
+def places_for(value: float, figures: int = 4) -> int:
+    """Decimals that show so many figures of a number, none of a large one."""
+    return max(0, figures - 1 - math.floor(math.log10(abs(value)))) if value else 0
+
+
+def thousands(value: float, places: int = 0) -> str:
+    """`12 345.6`, with narrow spaces that do not break."""
+    return f"{value:,.{places}f}".replace(",", "\u202f")
 
 
 def measured(result: CellResult, key: str, places: int = 0, scale: float = 1.0, note: str = "") -> Entry:
@@ -145,7 +157,7 @@ def markdown(text: str) -> str:
 def markdown_entry(entry: Entry) -> str:
     """An entry as a Markdown table field."""
     if entry.kind == "missing":
-        return f"*not measured* ({markdown(entry.note)})" if entry.note else "*not measured*"
+        return f"*{markdown(entry.text)}* ({markdown(entry.note)})" if entry.note else f"*{markdown(entry.text)}*"
     text = markdown(entry.text) or " "
     return f"{text} ({markdown(entry.note)})" if entry.note else text
 

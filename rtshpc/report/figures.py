@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rtshpc.report import paper
 from rtshpc.report.collect import CellResult, RunRecords
-from rtshpc.report.entries import MIB
+from rtshpc.report.entries import MIB, thousands
 from rtshpc.report.tables.memory import PARTS, Group
 from rtshpc.report.tables.runs import training_name
 from rtshpc.report.tables.scores import LEAKAGE, Scored
@@ -32,8 +32,8 @@ _CSS = {INK: "var(--ink)", GRID: "var(--line)", PAPER: "var(--muted)"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 # Dark, hatched and light: apart in grey too.
 PART_COLOURS = (PALETTE[0], PALETTE[5], PALETTE[4])
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2, 1, 1, 1, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2, 1, 1, 1, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _HATCHES = ("", "////", "....")
 LINES_A_FIGURE = len(PALETTE)
 _WIDTH_IN = 4.7
@@ -93,6 +93,11 @@ class Picture:
             r'<svg width="[^"]*" height="[^"]*" (viewBox="[^"]*") version="1.1"', rf"<svg {size} \1", text, count=1
         )
         return _coloured(text, _CSS)
+
+
+def printed(page: str) -> str:
+    """A page for paper: its figures in the light colours that the page takes there, for readers that know no variables."""
+    return _coloured(page, {name: _LIGHT[marker] for marker, name in _CSS.items()})
 
 
 def _coloured(svg: str, colours: Mapping[str, str]) -> str:
@@ -194,7 +199,7 @@ def memory_bars(group: Group, position: int) -> Picture:
             axes.text(0, i - 0.29, _short(row.name, 48), va="bottom", ha="left", fontsize=8.5)
             peak = (row.peak(group.key) or 0.0) / MIB
             axes.plot([peak, peak], [i - 0.29, i + 0.29], color=INK, linewidth=2)
-            _value(axes, max(left, peak), i, _thousands(peak, 0 if peak >= 10 else 1))
+            _value(axes, max(left, peak), i, thousands(peak, 0 if peak >= 10 else 1))
         top = max(
             [sum(row.peak(key) or 0 for key, _ in PARTS) for row in group.rows]
             + [row.peak(group.key) or 0 for row in group.rows]
@@ -226,7 +231,7 @@ def paper_memory_bars() -> Picture:
                 linewidth=1.0,
             )
             axes.text(0, i - 0.29, words[count] + ("" if arm == "unimodal" else f" · {arm}"), va="bottom", fontsize=8.5)
-            _value(axes, value, i, _thousands(value, 0))
+            _value(axes, value, i, thousands(value, 0))
         _bar_axes(axes, len(paper.MEMORY_MB), max(paper.MEMORY_MB.values()), "MB, as the paper printed it")
         svg = saved(figure)
     caption = (
@@ -238,10 +243,6 @@ def paper_memory_bars() -> Picture:
 def _value(axes: Axes, x: float, y: float, text: str) -> None:
     """The number at the end of a bar."""
     axes.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight="bold")
-
-
-def _thousands(value: float, places: int) -> str:
-    return f"{value:,.{places}f}".replace(",", "\u202f")
 
 
 def _bar_axes(axes: Axes, bars: int, top: float, label: str) -> None:
@@ -329,9 +330,9 @@ def _curve(
                 [x for x, _ in points],
                 [y for _, y in points],
                 color=PALETTE[i],
-                linestyle=_DASHES[i],
+                linestyle=DASHES[i],
                 linewidth=1.7,
-                marker=_MARKERS[i],
+                marker=MARKERS[i],
                 markersize=4,
                 markevery=max(1, len(points) // 8),
                 label=_short(line, 56),

@@ -112,14 +112,14 @@ def _csv(records: RunRecords) -> dict[str, tuple[list[str], list[list[Any]]]]:
         "rejected": data.rejected_table(records),
         "cells": runs.cells_table(records),
     }
-    made = {name: _flat(table) for name, table in tables.items()}
+    made = {name: flat(table) for name, table in tables.items()}
     made["results"] = scores.results_csv(rows)
     made["sites"] = scores.sites_csv(rows)
     made["memory"] = memory.memory_csv(records)
     return {name: made[name] for name in CSV_FILES}
 
 
-def _flat(table: Table | None) -> tuple[list[str], list[list[Any]]]:
+def flat(table: Table | None) -> tuple[list[str], list[list[Any]]]:
     """A table for CSV: numbers at full precision, nothing where nothing was measured."""
     if table is None:
         return ["nothing recorded"], []
@@ -128,5 +128,5 @@ def _flat(table: Table | None) -> tuple[list[str], list[list[Any]]]:
 
 def _field(entry: Entry) -> Any:
     if entry.value is not None:
-        return entry.value
+        return entry.value if entry.scale == 1 else entry.value / entry.scale  # in the unit of its column
     return None if entry.kind == "missing" or entry.text == "–" else entry.text

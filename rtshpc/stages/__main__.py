@@ -1,6 +1,7 @@
 """`python -m rtshpc.stages STAGE --run-dir RUN --task TASK`: one task by hand or by a job.
 
-`python -m rtshpc.stages assess|check|params|survey|trace|track|weights ARGUMENTS...` runs a tool that needs pixels or tensors.
+`python -m rtshpc.stages allocation|assess|check|params|survey|trace|track|weights ARGUMENTS...` runs a tool that needs more than a
+login node has.
 Exit codes: 0 done (or done before), 1 failed, 2 a mistake of the user or a missing library, 75 told to stop: what was
 done is saved, and the same line goes on from there; 69 this node or its GPU is broken, another one may do it.
 """
@@ -17,7 +18,7 @@ from rtshpc.core.cell import STAGES
 from rtshpc.core.errors import RtshpcError, drop_lost_output, system_sentence
 from rtshpc.core.paths import write_alone
 
-TOOLS = ("assess", "check", "params", "survey", "trace", "track", "weights")
+TOOLS = ("allocation", "assess", "check", "params", "survey", "trace", "track", "weights")
 """Modules of `rtshpc.stages.tools`."""
 
 

@@ -26,7 +26,16 @@ from rtshpc.core.records import SILENT, Progress, Record, locked, read_plan, wri
 from rtshpc.hpc import books
 from rtshpc.hpc.attempt import OUT_OF_MEMORY
 from rtshpc.hpc.executor import LAUNCHER, launcher_lives
-from rtshpc.hpc.site import TRAININGS, code_version, cpu_model, node_name, of_the_node, place_in_step, refuse_bad_node
+from rtshpc.hpc.site import (
+    TRAININGS,
+    code_version,
+    cpu_model,
+    gpu_driver,
+    node_name,
+    of_the_node,
+    place_in_step,
+    refuse_bad_node,
+)
 
 LOCK_SECONDS = 30.0
 """How long an attempt waits for another one on the same cell to end, e.g. of a launcher just killed."""
@@ -241,6 +250,8 @@ def _environment(paths: RunPaths) -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": cpu_model(),
         "gpu": None,
+        "driver": None,
+        "cuda": None,
         "torch": None,
         "commit": code_version(),
         "image": provenance.get("image") or None,
@@ -250,4 +261,5 @@ def _environment(paths: RunPaths) -> dict[str, Any]:
         facts["torch"] = str(torch.__version__)
         if torch.cuda.is_available():
             facts["gpu"] = torch.cuda.get_device_name()
+            facts["driver"], facts["cuda"] = gpu_driver(), torch.version.cuda
     return facts

@@ -24,6 +24,7 @@ from rtshpc.core.load import (
     write_cell,
     write_run_config,
 )
+from rtshpc.core.sizing.request import load_programme, load_request
 
 DATA = """
 name: small
@@ -68,6 +69,7 @@ def rewrite(place: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_every_shipped_config_loads(kind: str) -> None:
     loaders = {"sweep": load_run, "data": load_data, "model": load_model, "site": load_site}
+    loaders |= {"request": load_request, "programme": load_programme}
     names = known_names(kind)
     assert names
     for name in names:

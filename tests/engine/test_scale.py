@@ -97,7 +97,7 @@ def test_a_task_without_the_processes_it_is_to_measure_is_refused(
         scale.run(study_cell("weak", 2), paths, SILENT)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_share_the_batch_of_strong_scaling_and_the_slowest_of_them_counts(paths: RunPaths) -> None:
     found = scale.run(study_cell("strong", 2, steps=2, warmups=1), paths, SILENT)
     assert (found["processes"], found["batch"], len(found["seconds"])) == (2, 4, 2)

@@ -16,7 +16,7 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import append_line
 from rtshpc.hpc.books import AVOIDED_HOURS, bad_nodes, note_bad_node
 from rtshpc.hpc.executor import script
-from rtshpc.hpc.site import of_the_node, refuse_bad_node
+from rtshpc.hpc.site import gpu_driver, of_the_node, refuse_bad_node
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,20 @@ def test_new_jobs_avoid_a_broken_node_until_it_may_be_mended(
     append_line(paths.bad_nodes, {"node": "n1", "why": "old", "time": time.time() - AVOIDED_HOURS * 3600 - 1})
     assert bad_nodes(paths) == {"n3": "n3 is broken: GPU is lost", "n7": "n7 is broken: GPU is lost"}
     assert "#SBATCH --exclude=n3,n7\n" in script(site, paths, "pretrain", 1)
+
+
+@pytest.mark.parametrize(
+    ("told", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  12",
+            "550.54.15",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.57.08  Release Build\n", "575.57.08"),
+        ("something else\n", None),
+    ],
+)
+def test_the_driver_is_what_its_kernel_module_says(tmp_path: Path, told: str, version: str | None) -> None:
+    (tmp_path / "version").write_text(told)
+    assert gpu_driver(tmp_path / "version") == version
+    assert gpu_driver(tmp_path / "none") is None

@@ -90,7 +90,7 @@ def as_number(text: str) -> float:
 def is_shown(shown: str, value: float) -> bool:
     """Is `shown` this value, in one of the units of the page, rounded to its own decimals?"""
     places = len(shown.partition(".")[2].rstrip(" %"))
-    units = (1.0, 1e6, 2.0**20)
+    units = (1.0, 1e6, 2.0**20, 0.01)
     return any(math.isclose(as_number(shown), value / unit, abs_tol=0.500001 * 10**-places) for unit in units)
 
 

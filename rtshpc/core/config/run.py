@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, PositiveFloat, model_validator
 
 from rtshpc.core.config.checks import FILE_NAME, SHA256, Binds, Line, Names, ordered, rising, unique
 from rtshpc.core.config.data import DataConfig
@@ -205,6 +205,10 @@ class SiteConfig(Section):
         "what a node-hour costs; a job pays for the largest share of a node's GPUs, cores or memory that it holds",
         0.0,
         ge=0,
+    )
+    charge_unit: Line = doc("what a charge is counted in, e.g. SU; empty = the site's own unit", "")
+    gpu_equivalents: dict[str, PositiveFloat] = doc(
+        "name of a GPU of another site, as its records spell it -> GPU-hours here that an hour on it stands for", {}
     )
     node_gpus: int = doc("GPUs of a node; 0 = unknown", 0, ge=0)
     node_cpus: int = doc("cores of a node; 0 = unknown", 0, ge=0)

@@ -1,0 +1,1 @@
+"""The report that asks for an allocation: what was measured, and what follows for the request."""
