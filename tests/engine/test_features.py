@@ -325,7 +325,8 @@ def test_a_missing_features_cell_is_named(own: RunPaths, train: Train) -> None:
         train(cell, own)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [0, 2])
 def test_two_processes_and_loader_processes_train_on_stored_scales_too(
     own: RunPaths, train: Train, workers: int
 ) -> None:

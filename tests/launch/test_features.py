@@ -124,7 +124,7 @@ def test_deleted_scales_are_remade_only_where_something_still_trains_on_them(lau
     assert states["features"] == states["finetune"] == "done"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_on_stored_scales_runs_in_one_command_beside_a_live_one(launcher: Launcher) -> None:
     sets = ("--set", "pretrain.epochs=1", "--set", "grid.finetune.features=[live, cached]", "--until", "evaluate")
     answer = launcher.run("sweep", *sets)

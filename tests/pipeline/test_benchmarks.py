@@ -22,7 +22,9 @@ SMALL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name == "map_scene" else name for name in SMALL]
+)
 def test_a_benchmark_measures_both_sides_and_prints_their_ratios(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--json", *SMALL[name]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
