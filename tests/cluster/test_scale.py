@@ -1,16 +1,21 @@
-"""A scaling study on a real Slurm: 1, 2 and 4 tasks on two nodes."""
+"""A scaling study on a real Slurm, 1, 2 and 4 tasks on two nodes, and the report that asks for an allocation on its grounds."""
 
 from __future__ import annotations
 
+import csv
 import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import read_record
-from rtshpc.core.sizing.scaling import scale_points
+from rtshpc.core.sizing.scaling import ScalePoint, scale_points
 
-from .conftest import Login
+from .conftest import ROOT, Login
 from .lab import wait_for
 
 COUNTS = ("--gpus", "1,2,4", "--concurrency", "2", "--tasks", "2", "--repeats", "1")
@@ -29,7 +34,9 @@ SETS = (
 
 
 @pytest.mark.full
-def test_a_study_over_two_nodes_is_measured_killed_or_not_and_every_figure_names_its_job(login: Login) -> None:
+def test_a_study_over_two_nodes_is_measured_killed_or_not_and_every_figure_names_its_job(
+    login: Login, tmp_path: Path
+) -> None:
     line = ("--site", "lab", *COUNTS, *(word for one in SETS for word in ("--set", one)))
     sent = login("scale", *line)
     assert sent.returncode == 0, sent.stderr
@@ -57,3 +64,27 @@ def test_a_study_over_two_nodes_is_measured_killed_or_not_and_every_figure_names
     shown = json.loads(login("scale", *line, "--show", "--json").stdout)
     assert [row["count"] for row in shown["rows"] if row["kind"] == "strong"] == [1, 2, 4]
     assert "nothing to do" in login("scale", *line).stdout
+    _report_twice(login, paths, points, tmp_path)
+
+
+def _report_twice(login: Login, paths: RunPaths, points: Mapping[tuple[str, int], ScalePoint], folder: Path) -> None:
+    """The same records give the same bytes in every form, and every row of scaling names the jobs it came from."""
+    both = folder / "first", folder / "second"
+    for out in both:
+        line = [sys.executable, "-m", "rtshpc.launch", "allocation", str(paths.root), "--request", "example"]
+        asked = subprocess.run(
+            [*line, "--out", str(out)], cwd=ROOT, env=login.environment, capture_output=True, text=True, check=False
+        )
+        assert asked.returncode == 0, asked.stderr
+    written, again = ({file.relative_to(out): file for file in out.rglob("*") if file.is_file()} for out in both)
+    assert set(written) == set(again) and {Path("allocation.html"), Path("allocation.md")} <= set(written)
+    assert [name for name in written if written[name].read_bytes() != again[name].read_bytes()] == []
+    for table, kind in (("T1", "strong"), ("T2", "weak")):
+        with written[Path(f"{table}.csv")].open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["Processes"]) for row in rows] == [1, 2, 4]
+        for row in rows:
+            assert all(job in row["Jobs"] for job in points[kind, int(row["Processes"])].jobs), row
+    with written[Path("incomplete.csv")].open(newline="") as file:
+        reasons = [f"{row['Where']}: {row['What']}" for row in csv.DictReader(file)]
+    assert any("3 of at least 4 counts" in reason for reason in reasons), reasons
