@@ -161,3 +161,19 @@ def test_devices_and_inputs_are_never_put_together() -> None:
         one.model_copy(update={"inputs": "y", "count": 4}),
     ]
     assert [(row.base, row.efficiency) for row in scale_rows(points)] == [(1, 1.0), (2, 1.0), (4, 1.0)]
+
+
+def test_a_study_of_nothing_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="all empty: nothing would be measured"):
+        scale_cells(demo(gpus=[], concurrency=[], tasks=[]), "f")
+
+
+def test_a_record_that_holds_no_measurement_counts_as_none_and_takes_no_other_with_it(study: Any) -> None:
+    paths = study("c", repeats=1)
+    before = scale_points(paths)
+    file = paths.root / before[0].sources[0]
+    whole = json.loads(file.read_text())
+    spoilt: list[dict[str, Any]] = [{"kind": ["strong"]}, {"kind": "sideways"}, {"rate": -1}, {"series": None}]
+    for results in [{}, *({**whole["results"], **one} for one in spoilt)]:
+        file.write_text(json.dumps({**whole, "results": results}))
+        assert scale_points(paths) == before[1:], results

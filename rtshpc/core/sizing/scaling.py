@@ -62,7 +62,8 @@ class ScaleRow(Section):
 def scale_points(paths: RunPaths) -> list[ScalePoint]:
     """What a scaling study has measured, by kind, count and repeat; nothing for a folder that holds none.
 
-    A measurement of array throughput counts when all its jobs have a record and were submitted together.
+    A measurement of array throughput counts when all its jobs have a record and were submitted together; a record
+    that holds no measurement counts as none.
 
     Raises:
         RunError: a file of the run cannot be read.
@@ -72,7 +73,7 @@ def scale_points(paths: RunPaths) -> list[ScalePoint]:
     records = [valid_record(str(row["id"]), "scale", paths) for row in rows if row["stage"] == "scale"]
     together: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        if record is not None:
+        if record is not None and is_measurement(record):
             told = record.results
             key = (told["kind"], told["count"], told["repeat"], told["batch"], told["inputs"])
             together.setdefault(key, []).append(record)
@@ -81,8 +82,19 @@ def scale_points(paths: RunPaths) -> list[ScalePoint]:
 
 
 def whole(records: Sequence[Record]) -> bool:
-    """Whether the records of a measurement are all there, and of one submission."""
+    """Whether the records of a measurement are all there, hold what they should, and are of one submission."""
+    if not all(map(is_measurement, records)):
+        return False
     return len(records) == records[0].results["parts"] and len({one.results["series"] for one in records}) == 1
+
+
+def is_measurement(record: Record) -> bool:
+    """Whether a record of stage `scale` holds what a study writes: its cell is to be done again otherwise."""
+    try:
+        point, told = _point([record]), record.results
+        return point.kind in KINDS and isinstance(told["parts"], int) and isinstance(told["series"], str)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return False
 
 
 def _point(records: Sequence[Record]) -> ScalePoint:

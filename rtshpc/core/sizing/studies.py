@@ -29,7 +29,8 @@ def scale_cells(config: RunConfig, fingerprint: str) -> list[Cell]:
         fingerprint: of the input data.
 
     Raises:
-        ConfigError: a batch is smaller than the processes that share it, or the site cannot hold a measurement.
+        ConfigError: nothing is to be measured, a batch is smaller than the processes that share it, or the site cannot hold
+            a measurement.
     """
     plain = plain_of(config)
     shards = shard_cells(plain, fingerprint)
@@ -65,6 +66,8 @@ def _measurement(cell: Cell) -> tuple[str, int, int]:
 
 def _tasks(config: RunConfig, inputs: str) -> list[ScaleTask]:
     asked = config.scale
+    if not (asked.gpus or asked.concurrency or asked.tasks):
+        raise ConfigError("scale.gpus, scale.concurrency and scale.tasks are all empty: nothing would be measured")
     whole = asked.batch or config.finetune.batch_size
     counts: list[tuple[str, int, int, int]] = [  # kind, count, batch, parts
         *(("strong", count, whole, 1) for count in sorted(asked.gpus)),
