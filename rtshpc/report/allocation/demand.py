@@ -11,7 +11,7 @@ from rtshpc.core.config import SiteConfig
 from rtshpc.core.sizing.request import Item
 from rtshpc.hpc.site import node_share, request
 from rtshpc.report.allocation.evidence import NO_USAGE, SHOWN_JOBS, Evidence
-from rtshpc.report.allocation.scaling import of_kind
+from rtshpc.report.allocation.scaling import by_series, of_kind
 from rtshpc.report.collect import dig
 from rtshpc.report.entries import Entry, Table, missing, number, places_for, words
 
@@ -166,10 +166,11 @@ def _growth(evidence: Evidence, item: Item, used: tuple[Used, ...]) -> tuple[flo
     measured = {job.nodes * max(1, job.gpus, job.tasks) for job in jobs}
     if item.gpus == 0 or measured == {item.gpus}:
         return 1.0, ""
-    rows = {row.count: row for row in of_kind(evidence, "strong")}
-    if len(measured) != 1 or item.gpus not in rows or (base := measured.pop()) not in rows:
+    series = [{row.count: row for row in own} for own in by_series(of_kind(evidence, "strong"))]
+    rows = next((own for own in series if measured | {item.gpus} <= set(own)), None)
+    if len(measured) != 1 or rows is None:
         return None, f"{item.gpus} GPUs a job: T1 has no point at that count and at the one that was measured"
-    return rows[base].efficiency / rows[item.gpus].efficiency, ""
+    return rows[measured.pop()].efficiency / rows[item.gpus].efficiency, ""
 
 
 def _worth(site: SiteConfig, used: tuple[Used, ...]) -> tuple[float | None, str]:

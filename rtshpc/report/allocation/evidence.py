@@ -16,9 +16,9 @@ from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import read_json, read_lines
 from rtshpc.core.sizing.measured import FAKE
 from rtshpc.core.sizing.request import AllocationRequest, Programme
-from rtshpc.core.sizing.scaling import ScalePoint, ScaleRow, scale_points, scale_rows
+from rtshpc.core.sizing.scaling import ScalePoint, ScaleRow, is_measurement, scale_points, scale_rows
 from rtshpc.hpc import books
-from rtshpc.report.collect import CellResult, RunRecords, collect
+from rtshpc.report.collect import CellResult, RunRecords, collect, dig
 from rtshpc.report.entries import Entry, Table
 
 REFUSED = "refused:"
@@ -59,7 +59,7 @@ class Run:
         refused: (record, why).
         points: of its scaling studies; their sources begin with the run's name.
         jobs: cell id -> its job.
-        usage: usage.json; None where it is not there.
+        usage: usage.json; None where it is not there, or is not what `launch usage` writes.
         scripts: (file, text) of every batch script.
     """
 
@@ -184,8 +184,9 @@ def _read_run(name: str, folder: Path) -> Run:
     found = collect(paths, run=name)
     points = scale_points(paths)
     refused = [(result.source, result.reason) for result in found.cells if result.reason.startswith(REFUSED)]
+    scaled = [(result.source, result.record) for result in found.of("scale") if result.record]
+    refused += [(source, f"{REFUSED} it holds no measurement") for source, one in scaled if not is_measurement(one)]
     refused += [(f"{name}/{one.sources[0]}", f"{REFUSED} device = {FAKE}") for one in points if one.device == FAKE]
-    usage = read_json(paths.usage)
     return Run(
         name=name,
         paths=paths,
@@ -195,7 +196,7 @@ def _read_run(name: str, folder: Path) -> Run:
         refused=tuple(sorted(set(refused))),
         points=tuple(_of_run(name, one) for one in points if one.device != FAKE),
         jobs=_jobs(paths, found),
-        usage=usage if isinstance(usage, dict) else None,
+        usage=_usage(paths.usage),
         scripts=_scripts(paths),
     )
 
@@ -218,6 +219,14 @@ def _jobs(paths: RunPaths, records: RunRecords) -> dict[str, Job]:
             )
             found[result.cell.id] = Job(told or here, host, max(1, len(attempts)))
     return found
+
+
+def _usage(file: Path) -> Mapping[str, Any] | None:
+    """What usage.json holds, as far as its rows are rows."""
+    told: Any = read_json(file)
+    sums: Any = dig(told, "reconciled") or {}
+    rows: list[Any] = [dig(told, "cells"), sums.get("attempts") or []] if isinstance(sums, dict) else [None]
+    return told if all(isinstance(each, list) and all(isinstance(row, dict) for row in each) for each in rows) else None
 
 
 def _scripts(paths: RunPaths) -> tuple[tuple[str, str], ...]:
