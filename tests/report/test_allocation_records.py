@@ -8,7 +8,8 @@ from typing import Any
 from asking import GPU, SMALL, changed, evidence_of, one_item, priced, spend
 
 from rtshpc.core.records import read_json, write_json
-from rtshpc.report.allocation import demand
+from rtshpc.report.allocation import arms, demand
+from rtshpc.report.tables import scores
 
 
 def test_a_record_that_holds_no_measurement_is_refused_by_name(study: Any) -> None:
@@ -38,3 +39,11 @@ def test_growth_is_never_worked_out_across_two_studies(run: Any, study: Any) -> 
     apart = changed(evidence, lambda one: one.model_copy(update={"inputs": f"{one.count:012d}"}))
     line = demand.lines(replace(apart, request=one_item(gpus=2, run=item.run)))[0]
     assert line.hours is None and "T1 has no point at that count" in line.reason
+
+
+def test_a_csv_tells_frozen_against_full_of_one_setting_from_another(run: Any) -> None:
+    table = arms.arms_table(evidence_of(run.paths.root))
+    pairs = scores.against_full(scores.scored(evidence_of(run.paths.root).runs[0].records))
+    assert table is not None and pairs
+    told = {row[0].text for row in table.rows}
+    assert len(told) == len(pairs) and all(any(pair.first.setting in text for text in told) for pair in pairs)

@@ -74,7 +74,7 @@ def _printed() -> str:
 def _pair(run: Run, pair: scores.Comparison) -> list[tuple[Entry, ...]]:
     """The rows of one pair."""
     frozen, full = pair.first, pair.second
-    name = scores.modality_set(frozen.modalities)
+    name = ", ".join(filter(None, (scores.modality_set(frozen.modalities), frozen.setting)))
     trained = [row.trained for row in (frozen, full)]
     figures_of = [
         ("Step, s", [_of(one, "seconds_per_step", 4) for one in trained], True),
@@ -87,7 +87,7 @@ def _pair(run: Run, pair: scores.Comparison) -> list[tuple[Entry, ...]]:
     rows: list[tuple[Entry, ...]] = []
     for label, (a, b), timed in figures_of:
         share = _share(a, b) if alike or not timed else missing("they ran on different hardware")
-        rows.append((words(name, note=frozen.setting), words(label), a, b, share))
+        rows.append((words(name), words(label), a, b, share))
     return rows
 
 
