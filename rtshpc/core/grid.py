@@ -146,7 +146,10 @@ def valid_record(cell_id: str, stage: str, paths: RunPaths) -> Record | None:
         return None
     if record.result_version != RESULT_VERSION[stage]:
         return None
-    return record if _files_there(record, paths) else None
+    try:
+        return record if _files_there(record, paths) else None
+    except (AttributeError, KeyError, TypeError):  # results of another form are as good as none
+        return None
 
 
 def _files_there(record: Record, paths: RunPaths) -> bool:

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from rtshpc.core.cell import MAP_STAGES
 from rtshpc.core.errors import RunError
+from rtshpc.core.paths import CellPaths
+from rtshpc.core.records import read_json
 from rtshpc.core.sizing.predict import STAGE as PREDICT
 from rtshpc.hpc.books import bad_nodes
 from rtshpc.hpc.container import command
@@ -25,6 +28,9 @@ from rtshpc.launch.plan.forecast import can_trace
 from rtshpc.launch.schedule import Outcome, Scheduler
 from rtshpc.launch.submit import Ledger, launcher_lock, mend_cells, prepare, refuse_other_data, submit_arrays
 from rtshpc.launch.usage import keep_usage
+
+POLL_SECONDS = 0.5
+"""How often a trace is asked how far it is."""
 
 FEW = 20
 """So many scenes that are not in the layers are named."""
@@ -85,14 +91,26 @@ def predict_first(console: Console, plan: Plan) -> bool:
         return False
     console.print(f"{plan.paths.root}: predicting memory, once", markup=False, soft_wrap=True)
     arguments = ["-m", "rtshpc.stages", PREDICT, "--run-dir", str(plan.paths.root), "--task", cell.id]
-    folders = [Path.cwd(), plan.paths.root]
-    done = subprocess.run(
-        command(site, arguments, folders, sys.executable), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RunError(said[-1].removeprefix("error: "))
+    line = command(site, arguments, [Path.cwd(), plan.paths.root], sys.executable)
+    with (
+        console.status("tracing") as shown,
+        subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        while True:
+            try:
+                said = process.communicate(timeout=POLL_SECONDS)[1].strip().splitlines()
+                break
+            except subprocess.TimeoutExpired:
+                shown.update(_traced(plan.paths.cell(cell.id)))
+    if process.returncode:
+        raise RunError((said or [f"exit code {process.returncode}"])[-1].removeprefix("error: "))
     return True
+
+
+def _traced(folder: CellPaths) -> str:
+    """How far the trace is, as its task tells."""
+    told = read_json(folder.progress)
+    return f"tracing {told['done'] + 1} of {told['total']}: {escape(told['text'])}" if told else "tracing"
 
 
 def by_hand(plan: Plan) -> list[str]:

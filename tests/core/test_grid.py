@@ -275,6 +275,15 @@ def test_a_record_of_another_version_or_a_torn_one_does_not_count(tmp_path: Path
     assert finished(cell, paths) is None
 
 
+@pytest.mark.parametrize("stage", ["preprocess", "pretrain"])
+@pytest.mark.parametrize("spoilt", [{"shards": 3, "checkpoint": 3}, {"shards": [None], "checkpoint": [1]}])
+def test_results_of_another_form_do_not_count(stage: str, spoilt: dict[str, Any], tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    cell = of(make(), stage)[0]
+    write_record(paths.cell(cell.id).record, record_of(cell).model_copy(update={"results": spoilt}))
+    assert finished(cell, paths) is None
+
+
 def test_a_summary_is_never_done(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     cell = of(make(), "summarise")[0]

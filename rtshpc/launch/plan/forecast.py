@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console
+
 from rtshpc.core.cell import Cell
 from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import RunError
@@ -37,6 +39,7 @@ class Tracer:
     def __init__(self, site: SiteConfig, paths: RunPaths) -> None:
         self._site, self._paths = site, paths
         self._process: subprocess.Popen[str] | None = None
+        self._console = Console(stderr=True)
         self.known = read_predicted(paths)
 
     def __enter__(self) -> Tracer:
@@ -55,7 +58,8 @@ class Tracer:
             RunError: it is not kept, and nothing here can trace it; or the process failed, in its own words.
         """
         if spec.digest not in self.known:
-            self.known[spec.digest] = self._ask(spec)
+            with self._console.status(f"tracing {'+'.join(spec.channels)} {spec.arm}, {spec.chip_px} px"):
+                self.known[spec.digest] = self._ask(spec)
             make_private(self._paths.root)
             keep_predicted(self._paths, spec.digest, self.known[spec.digest])
         return self.known[spec.digest]
