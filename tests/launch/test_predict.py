@@ -199,6 +199,7 @@ def test_the_largest_micro_batch_of_every_partition_is_told(launcher: Launcher) 
             part = at_once(spec.model_copy(update={"micro_batch": 0}), count)
             keep_predicted(plan.paths, part.digest, figures(3 + 4 * count))
         for words, lever in levers(spec).items():
+            keep_predicted(plan.paths, at_once(lever, lever.batch).digest, figures(10))
             keep_predicted(plan.paths, lever.digest, figures(4 if words.startswith("smaller") else 6))
     answer = launcher.run("plan", "--fit", *options(sets))
     assert answer.returncode == 0, answer.stderr

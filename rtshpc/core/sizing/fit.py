@@ -59,7 +59,7 @@ class Fit:
     Attributes:
         at_once: most chips worked on at a time, at the same batch; None = not even one fits.
         need: bytes with that many, or with one where none fits; None = nothing is predicted.
-        advice: what would make it fit, one chip at a time -> bytes.
+        advice: what would make it fit -> bytes, with the whole batch at a time or else chip by chip.
     """
 
     at_once: int | None
@@ -80,12 +80,17 @@ def fit(spec: MemorySpec, size: int, extra: Overhead, trace: Callable[[MemorySpe
     def need(one: MemorySpec) -> int | None:
         return extra.need(trace(one))
 
+    def lightest(one: MemorySpec) -> int | None:
+        """Of the whole batch where that fits: a trace of it takes minutes less than one chip by chip."""
+        whole = need(at_once(one, one.batch))
+        return whole if whole is None or whole <= size else need(one)
+
     whole = need(spec)
     if whole is None or whole <= size:
         return Fit(None if whole is None else spec.batch, whole, {})
     least = need(at_once(spec, 1))
     if least is None or least > size:
-        asked = {words: need(lever) for words, lever in levers(spec).items()}
+        asked = {words: lightest(lever) for words, lever in levers(spec).items()}
         return Fit(None, least, {words: found for words, found in asked.items() if found is not None and found <= size})
     low, high, best = 1, spec.batch, least
     while high - low > 1:
