@@ -44,7 +44,7 @@ def test_the_crs_comes_back_with_its_meaning(tmp_path: Path, epsg: int) -> None:
 
 
 def test_geopandas_opens_it_with_nulls_where_nothing_is_known(tmp_path: Path) -> None:
-    geopandas = pytest.importorskip("geopandas")
+    geopandas = pytest.importorskip("geopandas", reason="needs geopandas (extra benchmarks)")
     write_features(tmp_path / "a.parquet", table(3))
     frame = geopandas.read_parquet(tmp_path / "a.parquet")
     assert frame.crs == pyproj.CRS.from_epsg(32608) and frame.geometry.is_valid.all()

@@ -42,7 +42,7 @@ def wkt(epsg: int) -> str:
 
 
 def test_both_formats_open_in_geopandas_and_are_the_same_bytes_each_time(tmp_path: Path) -> None:
-    geopandas = pytest.importorskip("geopandas")
+    geopandas = pytest.importorskip("geopandas", reason="needs geopandas (extra benchmarks)")
     written = table(7)
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()

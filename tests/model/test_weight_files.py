@@ -144,7 +144,7 @@ def test_names_and_shapes_of_the_published_networks_fit_our_configs(
     tmp_path: Path, name: str, theirs: str, ends: tuple[int, ...]
 ) -> None:
     """Names and shapes from timm's code (`_cls` is the ImageNet-21k form), and facebookresearch's by timm's rule."""
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="needs timm (extra benchmarks)")
     model = load_model(name)
     with torch.device("meta"):
         own = build_detector(model, {"rgb": 3}, 1).state_dict()
@@ -163,7 +163,7 @@ def test_names_and_shapes_of_the_published_networks_fit_our_configs(
 @pytest.mark.slow
 def test_timms_own_mvitv2_gives_the_same_scales(tmp_path: Path) -> None:
     """timm's network, not only its names; its classifier pools keys of two blocks half as far (see docs/weights.md)."""
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="needs timm (extra benchmarks)")
     torch.manual_seed(0)
     theirs = timm.create_model("mvitv2_tiny", pretrained=False).eval()
     for name, parameter in theirs.named_parameters():
