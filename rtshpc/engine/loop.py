@@ -7,6 +7,7 @@ byte: all draws depend on (seed, epoch, sample id), and a checkpoint knows the s
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -77,9 +78,10 @@ def _fit(group: Group, cell: Cell, paths: RunPaths, build: Build, progress: Prog
         training = Training(group, cell, paths, build, progress if group.leads else SILENT, stopped)
         try:
             return training.run()
-        except Exception:
+        except Exception as error:
             if stopped():  # the signal reached a loader process, too, which is missed here: the last checkpoint stands
-                raise Preempted from None
+                print(f"stopped; failed meanwhile: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                raise Preempted from error
             raise
         finally:
             training.close()
