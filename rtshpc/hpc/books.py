@@ -71,8 +71,13 @@ class Attempt:
     nodes: int = 1
 
 
-def begin(folder: CellPaths, started: str) -> int:
+def begin(folder: CellPaths, started: str, cores: int = 0) -> int:
     """Note that an attempt begins, and when the one before it was last heard of, if that left without a word.
+
+    Args:
+        folder: the cell.
+        started: UTC, ISO 8601.
+        cores: threads of all its processes, which count where Slurm has not given it cores; 0 = unknown.
 
     Returns:
         Its number, from 1.
@@ -81,7 +86,9 @@ def begin(folder: CellPaths, started: str) -> int:
     if before and len(before) not in _ends(folder):
         last = str(before[-1]["started"])
         append_line(folder.spent, {"attempt": len(before), "how": LOST, "ended": _last_word(folder, last)})
-    append_line(folder.attempts, {"started": started, "host": platform.node(), "pid": os.getpid(), **_given()})
+    given = _given()
+    given["cpus"] = given["cpus"] or cores
+    append_line(folder.attempts, {"started": started, "host": platform.node(), "pid": os.getpid(), **given})
     return len(before) + 1
 
 

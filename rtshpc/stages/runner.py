@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rtshpc.core.cell import RESULT_VERSION, Cell
+from rtshpc.core.config.scale import TRAINED_KINDS
 from rtshpc.core.errors import BAD_NODE, STOP_SIGNALS, STOPPED, MissingExtra, RtshpcError, RunError, guess
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell, read_run_config
@@ -112,7 +113,8 @@ def _attempt(cell: Cell, paths: RunPaths, folder: CellPaths) -> int:
     folder.failure.unlink(missing_ok=True)
     folder.record.unlink(missing_ok=True)
     _sweep_leftovers(folder)
-    number = books.begin(folder, started)
+    processes, threads = processes_and_threads(cell)
+    number = books.begin(folder, started, processes * threads)
     _set_threads(cell)
     print(f"{cell.label} ({cell.id}) started {started}", flush=True)
     try:
@@ -190,19 +192,23 @@ def _sweep_leftovers(folder: CellPaths) -> None:
             leftover.unlink(missing_ok=True)
 
 
+def processes_and_threads(cell: Cell) -> tuple[int, int]:
+    """Processes of an attempt, and threads of each, by the cell's config."""
+    config, task = cell.config, cell.scaling
+    if cell.stage == "map":
+        return 1, config.map.threads
+    if cell.stage not in (*TRAININGS, "features", "scale"):
+        return 1, 1
+    training = config.pretrain if cell.stage == "pretrain" else config.finetune
+    if task is not None and task.kind not in TRAINED_KINDS:
+        return task.count, training.threads
+    return 1 if cell.stage == "features" else training.processes, training.threads
+
+
 def _set_threads(cell: Cell) -> None:
     """Threads from the cell's config and the kind of memory, before any numeric library reads them."""
-    config = cell.config
-    sections = {
-        "pretrain": config.pretrain,
-        "features": config.finetune,
-        "finetune": config.finetune,
-        "scale": config.finetune,
-        "map": config.map,
-    }
-    section = sections.get(cell.stage)
     for variable in THREAD_VARIABLES:
-        os.environ[variable] = str(section.threads if section is not None else 1)
+        os.environ[variable] = str(processes_and_threads(cell)[1])
     # PyTorch on CPUs then asks for its large blocks in huge pages, where Linux gives them on request: a training step
     # takes and gives back hundreds of such blocks, and a fault for every 4 KiB of them was a fifth of its time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

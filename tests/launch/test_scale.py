@@ -26,6 +26,7 @@ from rtshpc.launch.display import Display, make_console
 from rtshpc.launch.jobs import with_more_memory
 from rtshpc.launch.plan import Plan, arrays, make_plan, plan_again, scale_plan, study_of
 from rtshpc.launch.submit import Ledger, prepare, refuse_other_data, submit_arrays, undo
+from rtshpc.stages.runner import processes_and_threads
 
 from .conftest import ROOT, Launcher
 
@@ -97,6 +98,16 @@ def test_each_measurement_waits_for_the_shards_and_for_the_end_of_the_one_before
     assert [one.dependency(names) for one in rest] == [f"{gather},afterany:J{one.number - 1}" for one in rest]
     assert [(len(one.cells), one.site.max_jobs) for one in (first, *rest)] == [(2, 1)] * 4 + [(4, 2)] * 2 + [(2, 1)] * 2
     assert [(one.site.nodes, one.site.tasks) for one in found[shards : shards + 2]] == [(1, 1), (2, 2)]
+
+
+def test_an_attempt_is_booked_with_the_threads_of_all_its_processes(launcher: Launcher) -> None:
+    config = study_of(load_run(launcher.sweep, [*SETS[3:], "scale.tasks=[1, 2]", "finetune.threads=2"]))
+    plan = scale_plan(config, RunPaths(launcher.runs / config.name))
+    held = {(cell.scaling.kind, cell.scaling.count): processes_and_threads(cell) for cell in plan.cells if cell.scaling}
+    one = {(kind, 1): (1, 2) for kind in ("strong", "weak", "preprocess", "map")}
+    more = {("strong", 4): (4, 2), ("weak", 4): (4, 2), ("preprocess", 2): (2, 2), ("map", 2): (2, 2)}
+    assert held == {**one, **more, ("array", 2): (1, 2)}
+    assert {processes_and_threads(cell) for cell in plan.cells if cell.stage == "preprocess"} == {(1, 1)}
 
 
 def test_new_measurements_wait_for_those_that_slurm_has_already(launcher: Launcher) -> None:
@@ -267,3 +278,4 @@ def test_a_study_that_is_killed_goes_on_and_says_what_it_cost(launcher: Launcher
     tried = [row for cell in paths.cells.iterdir() for row in read_lines(RunPaths(paths.root).cell(cell.name).attempts)]
     assert usage["total"]["attempts"] == len(tried) >= len(list(paths.cells.iterdir()))
     assert usage["source"] == "own books"
+    assert usage["total"]["cpu_hours"] >= usage["total"]["node_hours"] > 0

@@ -9,11 +9,23 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
+from rtshpc.core.config import SiteConfig
 from rtshpc.core.paths import CellPaths
 from rtshpc.core.records import append_line
 from rtshpc.hpc import books
 from rtshpc.hpc.accounting import Spent
-from rtshpc.launch.usage import Taken, by_end, matched, reconcile, run_hints, stage_hints, taken_by, together
+from rtshpc.launch.usage import (
+    Taken,
+    by_end,
+    charge,
+    matched,
+    reconcile,
+    run_hints,
+    stage_hints,
+    taken_by,
+    together,
+    unit_of,
+)
 
 GIB = 1 << 30
 
@@ -84,6 +96,30 @@ def test_books_of_an_older_form_count_their_attempts(cell: CellPaths) -> None:
         append_line(cell.attempts, {"started": f"2026-01-02T0{hour}:00:00+00:00", "host": "n", "pid": 1})
     assert [one.gpus for one in books.attempts(cell)] == [0, 0]
     assert together(taken_by(matched([], books.attempts(cell)), True)).attempts == 2
+
+
+def test_without_slurm_the_threads_of_an_attempt_are_its_cores(
+    cell: CellPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books.begin(cell, "2026-01-02T03:00:00+00:00", cores=3)
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8")
+    books.begin(cell, "2026-01-02T04:00:00+00:00", cores=3)
+    assert [one.cpus for one in books.attempts(cell)] == [3, 8]
+
+
+def test_cores_that_nobody_noted_are_unknown_and_never_none() -> None:
+    old, new = Taken("done", False, 3600, 0, 0), Taken("failed", False, 1800, 0, 4)
+    assert (together([old, new]).cpu_hours, together([new]).cpu_hours) == (None, 2.0)
+    assert (unit_of([old, new]), by_end([old, new])["failed"]) == ("node-hours", 0.5)
+    assert (unit_of([new]), by_end([new])["failed"]) == ("core-hours", 2.0)
+    assert together([Taken("failed", False, 0, 0, 0)]).cpu_hours == 0  # it took no time on whatever it had
+    price = SiteConfig.model_validate({"name": "s", "charge_per_node_hour": 8, "node_cpus": 64})
+    assert charge([old, new], price) is None and charge([new], price) == pytest.approx(8 * 4 / 64 / 2)
+    cell = {"id": "c", "label": "finetune", "stage": "finetune"}
+    found = reconcile([(cell, [(None, noted(3, gpus=0, cpus=0)), (None, noted(4, gpus=0))])])
+    assert found["own"] == {"attempts": 2, "gpu_hours": 0.0, "node_hours": 2.0, "cpu_hours": None}
+    found = reconcile([(cell, [(spent(), noted(3, cpus=0))])])
+    assert found["difference"] == {"gpu_hours": 0.0, "node_hours": 0.0, "cpu_hours": None}
 
 
 def spent(**other: object) -> Spent:

@@ -46,9 +46,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     total = facts["total"]
     price = "".join(f", {amount:.2f} charged" for amount in (facts["charge"],) if amount is not None)
     yield (
-        f"{facts['path']}: {total['gpu_hours']:.2f} GPU-hours, {total['node_hours']:.2f} node-hours, {total['cpu_hours']:.2f}"
-        f" core-hours in {total['attempts']}"
-        f" attempts{price} ({SOURCES[facts['source']]})"
+        f"{facts['path']}: {total['gpu_hours']:.2f} GPU-hours, {total['node_hours']:.2f} node-hours,"
+        f" {_cores(total['cpu_hours'])} in {total['attempts']} attempts{price} ({SOURCES[facts['source']]})"
     )
     ends = ", ".join(f"{hours:.2f} {name}" for name, hours in facts["by_end"].items() if hours)
     if ends:
@@ -60,7 +59,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         memory = f"{peak / GIB:.1f}" + (f" of {asked / GIB:.1f} G" if asked else " G") if peak else "-"
         longest = clock(stage["longest_seconds"]) if stage["longest_seconds"] is not None else "-"
         yield (
-            f"{stage['stage']:<11}{stage['attempts']:>6}{stage['gpu_hours']:>9.2f}{stage['cpu_hours']:>9.2f}"
+            f"{stage['stage']:<11}{stage['attempts']:>6}{stage['gpu_hours']:>9.2f}{_hours(stage['cpu_hours']):>9}"
             f"{longest:>10}{memory:>15}{_percent(stage['cpu_share']):>7}{_percent(stage['gpu_share']):>6}"
         )
     yield from _both_books(facts["reconciled"])
@@ -76,7 +75,7 @@ def _both_books(found: dict[str, Any]) -> Iterator[str]:
         side = found[name]
         yield (
             f"{words}: {side['attempts']} attempts, {side['gpu_hours']:.2f} GPU-hours, {side['node_hours']:.2f} node-hours,"
-            f" {side['cpu_hours']:.2f} core-hours"
+            f" {_cores(side['cpu_hours'])}"
         )
     reasons: dict[str, list[dict[str, Any]]] = {}
     for row in found["attempts"]:
@@ -89,3 +88,12 @@ def _both_books(found: dict[str, Any]) -> Iterator[str]:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
+
+
+def _hours(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _cores(hours: float | None) -> str:
+    """Of attempts that do not tell the cores they held, nothing is counted."""
+    return "no core-hours known" if hours is None else f"{hours:.2f} core-hours"

@@ -12,4 +12,5 @@ from rtshpc.launch.usage.taken import (
     matched as matched,
     taken_by as taken_by,
     together as together,
+    unit_of as unit_of,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rtshpc.launch.usage.taken import GIB, Efficiency, Taken, by_end
+from rtshpc.launch.usage.taken import GIB, Efficiency, Taken, by_end, unit_of
 
 ENOUGH = 1.3
 """Memory advised is the peak seen times this."""
@@ -60,7 +60,7 @@ def run_hints(taken: Sequence[Taken], idle_gpu: Sequence[str], gpus_uncounted: b
         gpus_uncounted: sacct tells no GPUs although tasks had some.
     """
     ends = by_end(taken)
-    total, unit = sum(ends.values()), "GPU-hours" if any(one.gpus for one in taken) else "core-hours"
+    total, unit = sum(ends.values()), unit_of(taken)
     hints: list[str] = [
         f"{stage}: held GPUs and computed on the CPU; check the driver and the image (`--nv`), or ask for no GPU"
         for stage in idle_gpu

@@ -7,10 +7,10 @@ from typing import Any
 
 from rtshpc.hpc.accounting import Spent
 from rtshpc.hpc.books import LOST, Attempt
-from rtshpc.launch.usage.taken import HOUR, Pair
+from rtshpc.launch.usage.taken import HOUR, Pair, added, core_hours
 
-Held = dict[str, float]
-"""Hours of GPUs, nodes and cores."""
+Held = dict[str, float | None]
+"""Hours of GPUs, nodes and cores; None where it is not known how many."""
 
 KEYS = ("gpu_hours", "node_hours", "cpu_hours")
 
@@ -24,7 +24,8 @@ def reconcile(cells: Sequence[tuple[Mapping[str, Any], Sequence[Pair]]]) -> dict
     Returns:
         {sacct: {attempts, gpu_hours, node_hours, cpu_hours} or null where sacct knows nothing, own: the same, difference: {gpu_hours,
         node_hours, cpu_hours} (sacct less own) or null, attempts: [{cell, label, stage, job, started, why, sacct_seconds,
-        own_seconds, gpu_hours, node_hours, cpu_hours}] of those that differ, the most first; their sum is the difference}.
+        own_seconds, gpu_hours, node_hours, cpu_hours}] of those that differ, the most first; their sum is the difference}. Hours
+        of cores are null where an attempt does not tell how many it held.
     """
     over = [(cell, pair) for cell, pairs in cells for pair in pairs if not _at_work(*pair)]
     theirs = [_by_sacct(spent) for _, (spent, _) in over if spent is not None]
@@ -36,7 +37,7 @@ def reconcile(cells: Sequence[tuple[Mapping[str, Any], Sequence[Pair]]]) -> dict
     return {
         "sacct": {"attempts": len(theirs), **sums["sacct"]} if known else None,
         "own": {"attempts": len(ours), **sums["own"]},
-        "difference": {key: round(sums["sacct"][key] - sums["own"][key], 6) for key in KEYS} if known else None,
+        "difference": _less(sums["sacct"], sums["own"]) if known else None,
         "attempts": rows,
     }
 
@@ -59,11 +60,21 @@ def _by_us(own: Attempt) -> Held:
 
 
 def _held(seconds: float, gpus: int, nodes: int, cpus: int) -> Held:
-    return {key: count * seconds / HOUR for key, count in zip(KEYS, (gpus, nodes, cpus), strict=True)}
+    return {
+        "gpu_hours": gpus * seconds / HOUR,
+        "node_hours": nodes * seconds / HOUR,
+        "cpu_hours": core_hours(cpus, seconds),
+    }
 
 
 def _sum(several: Sequence[Held]) -> Held:
-    return {key: round(sum(one[key] for one in several), 6) for key in KEYS}
+    sums = {key: added(one[key] for one in several) for key in KEYS}
+    return {key: None if hours is None else round(hours, 6) for key, hours in sums.items()}
+
+
+def _less(theirs: Held, ours: Held) -> Held:
+    both = {key: (theirs[key], ours[key]) for key in KEYS}
+    return {key: None if a is None or b is None else round(a - b, 6) for key, (a, b) in both.items()}
 
 
 def _row(cell: Mapping[str, Any], spent: Spent | None, own: Attempt | None) -> dict[str, Any]:
@@ -78,7 +89,7 @@ def _row(cell: Mapping[str, Any], spent: Spent | None, own: Attempt | None) -> d
         "why": _why(spent, own),
         "sacct_seconds": spent.elapsed_s if spent is not None else None,
         "own_seconds": own.seconds if own is not None else None,
-        **{key: round(theirs[key] - ours[key], 6) for key in KEYS},
+        **_less(theirs, ours),
     }
 
 

@@ -19,7 +19,7 @@ from rtshpc.launch.status import HELD_CELL, accounted, is_locked, read_plan, run
 from rtshpc.launch.submit import read_ledger
 from rtshpc.launch.usage.hints import run_hints, stage_hints
 from rtshpc.launch.usage.reconcile import reconcile
-from rtshpc.launch.usage.taken import Pair, Taken, by_end, charge, matched, rounded, taken_by, together
+from rtshpc.launch.usage.taken import Pair, Taken, by_end, charge, matched, rounded, taken_by, together, unit_of
 
 Row = Mapping[str, Any]
 Spending = list[tuple[Row, list[Pair], list[Taken]]]
@@ -95,7 +95,7 @@ def _sums(spending: Spending, site: SiteConfig, idle: set[str], uncounted: bool)
     ]
     return {
         "total": rounded(asdict(together(every))),
-        "unit": "GPU-hours" if any(one.gpus for one in every) else "core-hours",
+        "unit": unit_of(every),
         "by_end": rounded(by_end(every)),
         "charge": charge(every, site),
         "stages": stages,

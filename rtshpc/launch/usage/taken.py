@@ -37,7 +37,7 @@ class Taken:
         oom: Slurm ended it for its memory.
         seconds: wall time.
         gpus: GPUs it had.
-        cpus: cores it had.
+        cpus: cores it had; 0 where unknown.
         limit_s: time limit, s.
         memory_bytes: memory it had.
         peak_bytes: highest resident memory.
@@ -71,9 +71,21 @@ class Taken:
         return self.gpus * self.seconds / HOUR
 
     @property
-    def cpu_hours(self) -> float:
-        """Cores held times hours."""
-        return self.cpus * self.seconds / HOUR
+    def cpu_hours(self) -> float | None:
+        """Cores held times hours; None where no books tell how many it held."""
+        return core_hours(self.cpus, self.seconds)
+
+
+def core_hours(cores: int, seconds: float) -> float | None:
+    """Cores held times hours; None of an attempt that took time on nobody knows how many."""
+    return cores * seconds / HOUR if cores or not seconds else None
+
+
+def added(hours: Iterable[float | None]) -> float | None:
+    """Their sum; None where one of them is unknown, for a part would be taken for the whole."""
+    found = list(hours)
+    known = [one for one in found if one is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class Efficiency:
 
     attempts: int
     gpu_hours: float
-    cpu_hours: float
+    cpu_hours: float | None
     node_hours: float
     longest_seconds: float | None
     limit_seconds: int | None
@@ -223,7 +235,7 @@ def together(taken: Sequence[Taken]) -> Efficiency:
     return Efficiency(
         attempts=len(taken),
         gpu_hours=sum(one.gpu_hours for one in taken),
-        cpu_hours=sum(one.cpu_hours for one in taken),
+        cpu_hours=added(one.cpu_hours for one in taken),
         node_hours=sum(one.node_hours for one in taken),
         longest_seconds=max((one.seconds for one in taken), default=None),
         limit_seconds=max((one.limit_s for one in taken if one.limit_s), default=None),
@@ -238,23 +250,29 @@ def together(taken: Sequence[Taken]) -> Efficiency:
     )
 
 
-def charge(taken: Iterable[Taken], site: SiteConfig) -> float | None:
-    """What attempts cost at a site, in its own unit; None where it tells no price."""
+def charge(taken: Sequence[Taken], site: SiteConfig) -> float | None:
+    """What attempts cost at a site, in its own unit; None where it tells no price, or nobody knows what was held."""
     if site.charge_per_gpu_hour:
         return round(site.charge_per_gpu_hour * sum(one.gpu_hours for one in taken), 4)
     if not site.charge_per_node_hour:
         return None
+    if site.node_cpus and any(one.cpu_hours is None for one in taken):
+        return None  # a share of a node in cores that nobody knows would be none of it
     held = [(node_share(site, one.gpus, one.cpus, (one.memory_bytes or 0) / GIB), one.seconds) for one in taken]
     return round(site.charge_per_node_hour * sum(nodes * seconds / HOUR for nodes, seconds in held), 4)
 
 
-def by_end(taken: Iterable[Taken]) -> dict[str, float]:
-    """GPU-hours (core-hours where no GPU was held) by what became of the attempt."""
-    every = list(taken)
-    on_gpu = any(one.gpus for one in every)
-    return {
-        name: sum(one.gpu_hours if on_gpu else one.cpu_hours for one in every if one.end == name) for name in CLASSES
-    }
+def unit_of(taken: Sequence[Taken]) -> str:
+    """What their hours are counted in: of GPUs, else of cores where all are known, else of nodes."""
+    if any(one.gpus for one in taken):
+        return "GPU-hours"
+    return "node-hours" if added(one.cpu_hours for one in taken) is None else "core-hours"
+
+
+def by_end(taken: Sequence[Taken]) -> dict[str, float]:
+    """Hours, in `unit_of` them, by what became of the attempt."""
+    key = {"GPU-hours": "gpu_hours", "core-hours": "cpu_hours", "node-hours": "node_hours"}[unit_of(taken)]
+    return {name: sum(getattr(one, key) for one in taken if one.end == name) for name in CLASSES}
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:

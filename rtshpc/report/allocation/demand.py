@@ -28,7 +28,7 @@ class Used:
         gpu: name of the GPU, as its record spells it; empty without one.
         done: it has a record.
         clean: it was done in one attempt.
-        hours: by unit.
+        hours: by unit; None where its attempts do not tell them.
     """
 
     source: str
@@ -36,7 +36,7 @@ class Used:
     gpu: str
     done: bool
     clean: bool
-    hours: Mapping[str, float]
+    hours: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def lines(evidence: Evidence) -> tuple[Line, ...]:
 
 def _line(evidence: Evidence, item: Item) -> Line:
     used = tuple(_used(evidence, item))
-    unit = next((unit for unit in UNITS if any(one.hours[unit] for one in used)), next(iter(UNITS)))
-    hours = [one.hours[unit] for one in used]
+    unit, hours = _counted(used)
     done = sum(one.done for one in used)
     if not done or not sum(hours):
         return Line(item, unit, used, None, 0, 1.0, None, None, None, _why_not(evidence, item, used))
@@ -109,6 +108,16 @@ def _line(evidence: Evidence, item: Item) -> Line:
         "; ".join(one for one in (told if growth is None else "", foreign if worth is None else "") if one),
         _beyond(item, told if growth is not None else "", foreign if worth is not None else ""),
     )
+
+
+def _counted(used: Sequence[Used]) -> tuple[str, list[float]]:
+    """The first unit that a job held any of and that none leaves open, and the hours of each in it."""
+    for unit in UNITS:
+        hours = [one.hours[unit] for one in used]
+        known = [hour for hour in hours if hour is not None]
+        if any(known) and len(known) == len(hours):
+            return unit, known
+    return next(iter(UNITS)), [0.0] * len(used)
 
 
 def cost_and_rerun(hours: Sequence[float], whole: Sequence[float], done: int) -> tuple[float, float]:
@@ -144,9 +153,9 @@ def _used(evidence: Evidence, item: Item) -> list[Used]:
     return found
 
 
-def _hours(facts: Mapping[str, Any], key: str) -> float:
+def _hours(facts: Mapping[str, Any], key: str) -> float | None:
     value = facts.get(key)
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _why_not(evidence: Evidence, item: Item, used: tuple[Used, ...]) -> str:
