@@ -261,6 +261,11 @@ class AllocationPaths:
         return self.root / "allocation.html"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that writes the report."""
+        return self.root / ".lock"
+
+    @property
     def markdown(self) -> Path:
         return self.root / "allocation.md"
 

@@ -12,13 +12,16 @@ from pydantic import ValidationError
 
 from rtshpc.core import grid
 from rtshpc.core.cell import RESULT_VERSION, STAGES, Cell
-from rtshpc.core.errors import ConfigError, RtshpcError
+from rtshpc.core.errors import ConfigError, RtshpcError, RunError
 from rtshpc.core.load import OwnLoader, parse_yaml
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import Record, read_json, read_lines, read_record
 from rtshpc.core.sizing.measured import refusal
 
 NOT_RUN = "no record: not run, or not finished"
+
+TORN = "the record is not valid"
+"""How the reason of a record begins that is there and cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,7 @@ def collect(paths: RunPaths, summary: Cell | None = None, run: str = "") -> RunR
     by_id = {result.cell.id: result for result in found}
     explained = [_explain(result, by_id) for result in found]
     explained.sort(key=_order)
-    index = read_json(paths.index)
-    rejected = read_json(paths.rejected)
+    index, rejected = _json(paths.index), _json(paths.rejected)
     return RunRecords(
         cells=tuple(explained),
         unreadable=tuple(unreadable),
@@ -164,6 +166,14 @@ def _read_cell(paths: CellPaths) -> tuple[Cell | None, str]:
 
 
 def _read_result(cell: Cell, paths: CellPaths) -> CellResult:
+    """One cell; what cannot be read of it is named and stops nothing else."""
+    try:
+        return _read_files(cell, paths)
+    except RunError as error:
+        return CellResult(cell, paths, None, f"{TORN}: {str(error).removeprefix(f'{paths.root}/')}")
+
+
+def _read_files(cell: Cell, paths: CellPaths) -> CellResult:
     record = read_record(paths.record)
     if record is not None and record.cell == cell.id and record.stage == cell.stage:
         if refused := refusal(record.results):
@@ -175,8 +185,15 @@ def _read_result(cell: Cell, paths: CellPaths) -> CellResult:
     failure = read_json(paths.failure)
     if isinstance(failure, dict):
         return CellResult(cell, paths, None, f"failed: {_failure_text(failure)}", failed=True)
-    reason = "the record is not valid" if paths.record.exists() else NOT_RUN
-    return CellResult(cell, paths, None, reason)
+    return CellResult(cell, paths, None, TORN if paths.record.exists() else NOT_RUN)
+
+
+def _json(path: Path) -> Any | None:
+    """What a file of the run holds; None where it is absent, torn, or cannot be read."""
+    try:
+        return read_json(path)
+    except RunError:
+        return None
 
 
 def _failure_text(failure: Mapping[str, Any]) -> str:

@@ -146,12 +146,20 @@ def duration(seconds: float) -> str:
 
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#!~$&])")
+_MARKDOWN_FIRST = re.compile(r"^(?:([-+])(?=[\s-]|$)|(\d+)([.)])(?=\s|$))")
 _BREAKS = re.compile(r"\s+")
 
 
 def markdown(text: str) -> str:
     """`text` as literal Markdown on one line: no markup and no table border can come out of a name."""
-    return _MARKDOWN.sub(r"\\\1", _BREAKS.sub(" ", text).strip())
+    literal = _MARKDOWN.sub(r"\\\1", _BREAKS.sub(" ", text).strip())
+    return _MARKDOWN_FIRST.sub(_no_list, literal)
+
+
+def _no_list(found: re.Match[str]) -> str:
+    """What would begin a list or a rule, as text."""
+    sign, digits, dot = found.groups()
+    return f"\\{sign}" if sign else f"{digits}\\{dot}"
 
 
 def markdown_entry(entry: Entry) -> str:
@@ -176,7 +184,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """CSV (RFC 4180, LF); None is empty, and words that a spreadsheet would run as a formula are quoted."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow([_csv_field(column) for column in columns])
     writer.writerows([_csv_field(value) for value in row] for row in rows)
     return out.getvalue()
 

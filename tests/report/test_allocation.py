@@ -17,7 +17,7 @@ from hypothesis import given, strategies as st
 
 from rtshpc.core.config import SiteConfig
 from rtshpc.core.errors import ConfigError
-from rtshpc.core.paths import AllocationPaths
+from rtshpc.core.paths import AllocationPaths, RunPaths
 from rtshpc.core.records import read_json, write_json
 from rtshpc.core.sizing.request import AllocationRequest, load_programme
 from rtshpc.report.allocation import arms, demand, origin, page, scaling, storage, texts
@@ -278,7 +278,7 @@ def test_figures_of_a_fake_driver_are_refused_by_name(run: Any, study: Any, no_p
 def test_the_same_records_give_the_same_bytes(study: Any, tmp_path: Path, no_printer: None) -> None:
     scaled, written = study(**SMALL), []
     stray = AllocationPaths(tmp_path / "first")
-    for path in (stray.table("T9"), stray.figure("T9"), stray.pdf):
+    for path in (stray.table("T9"), stray.figure("T9"), stray.pdf, stray.page):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a number of other records")
     for name in ("first", "second"):
@@ -360,6 +360,8 @@ def test_what_the_runs_took_is_shown_by_both_books(own: Evidence) -> None:
 def test_runs_of_one_name_are_told_apart_and_an_unknown_one_is_a_mistake(run: Any, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / run.paths.root.name
     shutil.copytree(run.paths.root, other)
+    made_again = RunPaths(other).cell(next(iter(run.cells))).record
+    write_json(made_again, {**read_json(made_again), "started": "2026-11-11T00:00:00+00:00"})
     names = [one.name for one in evidence_of(run.paths.root, other).runs]
     assert len(set(names)) == 2 and names[1] == f"elsewhere/{run.paths.root.name}"
     with pytest.raises(ConfigError, match=r'items.0.run = "sweeep" is not given. Given: test-run.'):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from asking import GPU, SMALL, changed, evidence_of, one_item, priced, spend
 
 from rtshpc.core.records import read_json, write_json
-from rtshpc.report.allocation import arms, demand
+from rtshpc.report.allocation import arms, demand, origin, scaling
+from rtshpc.report.allocation.evidence import NO_USAGE
+from rtshpc.report.allocation.page import build
+from rtshpc.report.page import render_html
 from rtshpc.report.tables import scores
 
 
@@ -26,9 +32,105 @@ def test_a_usage_file_that_no_usage_wrote_counts_as_none(run: Any) -> None:
     spoilt = [5, {"cells": 5}, {"cells": [1]}, {"cells": [], "reconciled": 7}]
     for told in [*spoilt, {"cells": [], "reconciled": {"attempts": 5}}]:
         write_json(run.paths.usage, told)
-        assert evidence_of(run.paths.root).runs[0].usage is None, told
+        found = evidence_of(run.paths.root)
+        assert found.runs[0].usage is None, told
+        assert found.refused == (
+            (f"{run.paths.root.name}/usage.json", "refused: it is not what `launch usage` writes"),
+        )
     write_json(run.paths.usage, {"cells": [{"id": "x"}]})
     assert evidence_of(run.paths.root).runs[0].usage is not None
+
+
+def test_what_cannot_be_read_is_named_with_its_reason_and_the_rest_is_told(run: Any, study: Any) -> None:
+    spend(run)
+    scaled, paths = study(**SMALL), run.paths
+    strong = evidence_of(scaled.root).runs[0].points[0].sources[0]
+    measured = paths.cell(run.find("measure", "rgb").id)
+    trained, lost = paths.cell(run.find("pretrain", "nir").id), paths.cell(run.find("pretrain", "ndvi").id)
+    stray = paths.cells / "strange"
+    stray.mkdir()
+    script = paths.logs / "pretrain" / "1_submission.sh"
+    for file in (scaled.root.parent / strong, scaled.ledger, measured.record, trained.metrics, lost.failure, script):
+        file.unlink(missing_ok=True)
+        file.mkdir(parents=True)
+    lost.record.write_text(lost.record.read_text()[:100])
+    evidence = evidence_of(paths.root, scaled.root)
+    why = {source.removeprefix(f"{paths.root.name}/"): reason for source, reason in evidence.refused}
+    folder = "cannot be read: Is a directory"
+    assert why == {
+        strong: f"the record is not valid: record.json: {folder}",
+        "study/ledger.jsonl": f"refused: it {folder}",
+        f"cells/{measured.root.name}/record.json": f"the record is not valid: record.json: {folder}",
+        f"cells/{trained.root.name}/record.json": f"the record is not valid: metrics.jsonl: {folder}",
+        f"cells/{lost.root.name}/record.json": f"the record is not valid: failure.json: {folder}",
+        "cells/strange": "refused: config.yaml is missing",
+        "logs/pretrain/1_submission.sh": f"refused: it {folder}",
+    }
+    gaps = origin.gaps(evidence)
+    assert sum("is not used" in gap for gap in gaps) == len(why)
+    assert "T1 Strong scaling: fewer than 3 repeats at 1 (2)." in scaling.gaps(evidence)
+    assert len(evidence.records.done) == len(run.cells) - 3 + len(evidence.of("scale")) - 1
+    paths.usage.unlink()
+    paths.usage.mkdir()
+    assert (f"{paths.root.name}/usage.json", f"refused: it {folder}") in evidence_of(paths.root).refused
+    scaled.plan.unlink()
+    scaled.plan.mkdir()
+    assert ("study/plan.json", f"refused: it {folder}") in evidence_of(scaled.root).refused
+
+
+def test_a_run_that_is_given_twice_or_copied_is_counted_once(study: Any, tmp_path: Path) -> None:
+    paths = study(gpu=GPU, **SMALL)
+    alone, there = evidence_of(paths.root), tmp_path / "there"
+    there.symlink_to(paths.root)
+    again = evidence_of(paths.root, there, Path(os.path.relpath(paths.root)))
+    assert again.rows == alone.rows and again.refused == ()
+    copy = Path(shutil.copytree(paths.root, tmp_path / "copy"))
+    both = evidence_of(paths.root, copy)
+    assert both.rows == alone.rows and [run.name for run in both.runs] == ["study"]
+    ((source, why),) = both.refused
+    cells = len(alone.records.done)
+    assert (source, why) == ("copy/cells", f"refused: {cells} of its {cells} records are copies of those of study")
+    assert f"copy/cells is not used: {why}." in origin.gaps(both)
+
+
+def test_of_a_copy_that_went_on_what_is_new_counts(study: Any, tmp_path: Path) -> None:
+    paths = study(gpu=GPU, **SMALL)
+    copy = Path(shutil.copytree(paths.root, tmp_path / "copy"))
+    point = evidence_of(copy).runs[0].points[0]
+    value = read_json(copy / point.sources[0].removeprefix("copy/"))
+    write_json(copy / point.sources[0].removeprefix("copy/"), {**value, "started": "2026-09-22T08:00:00+00:00"})
+    both = evidence_of(paths.root, copy)
+    assert [row.repeats for row in both.rows][:2] == [4, 3]
+    assert both.runs[1].points == (point,) and set(both.runs[1].jobs) <= {point.sources[0].split("/")[2]}
+    assert "are copies of those of study" in both.refused[0][1]
+
+
+def test_what_a_run_has_not_got_to_is_said(run: Any, study: Any, tmp_path: Path) -> None:
+    run.paths.cell(run.find("evaluate", "rgb").id).record.unlink()
+    run.fail(run.find("pretrain", "nir"), "out of memory")
+    going, empty = evidence_of(run.paths.root), tmp_path / "empty"
+    planned = sum(cell.stage != "preprocess" for cell in run.cells.values())
+    assert (
+        f"T0: 2 of the {planned} cells that run {run.paths.root.name} has planned have no record that can be used."
+        in (origin.gaps(going))
+    )
+    assert f"T6: run {run.paths.root.name}: {NO_USAGE}." in origin.gaps(going)
+    empty.mkdir()
+    shutil.copy(run.paths.config, empty)
+    nothing = evidence_of(empty)
+    assert "T0: run empty holds no record that can be used." in origin.gaps(nothing)
+    assert any("no run that is given has a measure cell" in entry.note for entry in arms.memory_words(nothing))
+    assert render_html(build(nothing)).count("not measured") > 5
+
+
+def test_jobs_whose_cores_are_not_all_known_cost_node_hours(run: Any) -> None:
+    hours = spend(run, gpu_hours=0)
+    told = read_json(run.paths.usage)
+    for row in told["cells"]:
+        row |= {"node_hours": 3.0, "cpu_hours": 5.0 if row["attempts"] > 1 else None, "attempts": 1}
+    write_json(run.paths.usage, told)
+    (line,) = demand.lines(evidence_of(run.paths.root, request=one_item(stage="measure", arm="")))
+    assert (line.unit, line.cost) == ("node-hours", 3.0) and hours
 
 
 def test_growth_is_never_worked_out_across_two_studies(run: Any, study: Any) -> None:

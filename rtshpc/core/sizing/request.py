@@ -32,6 +32,9 @@ LIFETIMES = {
 }
 """How long a file is wanted."""
 
+MOST = 1_000_000_000
+"""More jobs, times or GB than this are a slip of the hand."""
+
 DAY = r"^(\d{4}-\d\d-\d\d)?$"
 
 
@@ -48,8 +51,10 @@ class Item(Section):
     run: str = doc("name of the run folder they lie in; empty = all that are given", "")
     modalities: Names = doc("only of cells with these modalities, the primary first; empty = any", ())
     arm: Literal["", "unimodal", "pretrained", "full", "cached"] = doc("only of cells of this arm; empty = any", "")
-    runs: int = doc("jobs of this kind", ge=1)
-    times: float = doc("work of one such job over that of a measured one; other than 1 is an extrapolation", 1.0, gt=0)
+    runs: int = doc("jobs of this kind", ge=1, le=MOST)
+    times: float = doc(
+        "work of one such job over that of a measured one; other than 1 is an extrapolation", 1.0, gt=0, le=MOST
+    )
     gpus: int = doc("GPUs of such a job; 0 = as many as were measured", 0, ge=0)
     periods: tuple[NonNegativeFloat, ...] = doc("weight of each period; empty = the same in each", ())
     why: str = doc("what it is for", "")
@@ -67,7 +72,7 @@ class Storage(Section):
     """Files of the project that no record tells of, e.g. the scenes."""
 
     name: str = doc("what they are", min_length=1)
-    gb: float = doc("how much, GB (1e9 bytes)", ge=0)
+    gb: float = doc("how much, GB (1e9 bytes)", ge=0, le=MOST)
     lifetime: Literal["job", "stage", "project", "archive"] = doc("how long they are wanted")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rtshpc.core.config.scale import KINDS
 from rtshpc.core.config.section import Section, doc
+from rtshpc.core.errors import RunError
 from rtshpc.core.grid import valid_record
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_plan
@@ -63,14 +64,14 @@ def scale_points(paths: RunPaths) -> list[ScalePoint]:
     """What a scaling study has measured, by kind, count and repeat; nothing for a folder that holds none.
 
     A measurement of array throughput counts when all its jobs have a record and were submitted together; a record
-    that holds no measurement counts as none.
+    that holds no measurement, or cannot be read, counts as none.
 
     Raises:
-        RunError: a file of the run cannot be read.
+        RunError: plan.json cannot be read.
     """
     plan = read_plan(paths.plan)
     rows: list[dict[str, Any]] = plan["cells"] if plan is not None else []
-    records = [valid_record(str(row["id"]), "scale", paths) for row in rows if row["stage"] == "scale"]
+    records = [_record(str(row["id"]), paths) for row in rows if row["stage"] == "scale"]
     together: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         if record is not None and is_measurement(record):
@@ -79,6 +80,13 @@ def scale_points(paths: RunPaths) -> list[ScalePoint]:
             together.setdefault(key, []).append(record)
     points = [_point(members) for members in together.values() if whole(members)]
     return sorted(points, key=lambda one: (KINDS.index(one.kind), one.inputs, one.count, one.repeat))
+
+
+def _record(cell: str, paths: RunPaths) -> Record | None:
+    try:
+        return valid_record(cell, "scale", paths)
+    except RunError:
+        return None
 
 
 def whole(records: Sequence[Record]) -> bool:

@@ -61,6 +61,7 @@ def allocation(run: tuple[str, ...], request: str, programme: str, out: str | No
     this environment, else in the image of the first run.
     """
     found = [run_folder(name, runs) for name in run]
+    from rtshpc.core.errors import RunError
     from rtshpc.core.load import find_config, read_run_config
     from rtshpc.hpc.container import command, refuse_start
     from rtshpc.launch.usage import keep_usage
@@ -69,7 +70,10 @@ def allocation(run: tuple[str, ...], request: str, programme: str, out: str | No
     files = [find_config("request", request).absolute(), find_config("programme", programme).absolute()]
     options = ["--request", str(files[0]), "--programme", str(files[1]), "--out", str(folder)]
     for paths in found:
-        keep_usage(paths)
+        try:
+            keep_usage(paths)
+        except RunError as error:  # the report says what it does not know of this run
+            click.echo(f"note: {error}", err=True)
     line = ["-m", "rtshpc.stages", "allocation", *(str(paths.root) for paths in found), *options]
     if all(map(find_spec, REPORT_LIBRARIES)):
         return subprocess.run([sys.executable, *line], check=False).returncode

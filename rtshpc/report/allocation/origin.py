@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rtshpc.report.allocation.evidence import Evidence, Run
+from rtshpc.report.allocation.evidence import NO_USAGE, Evidence, Run
 from rtshpc.report.entries import Entry, Table, code, words
 
 _KEYS = (
@@ -118,7 +118,7 @@ def jobs_table(evidence: Evidence) -> Table:
 
 def refused_table(evidence: Evidence) -> Table | None:
     """Records that no report may use; None where there is none."""
-    rows = tuple((code(source), words(why)) for run in evidence.runs for source, why in run.refused)
+    rows = tuple((code(source), words(why)) for source, why in evidence.refused)
     return Table("refused", "Records that are not used, and why.", ("Record", "Why"), rows) if rows else None
 
 
@@ -152,5 +152,19 @@ def gaps(evidence: Evidence) -> list[str]:
     gpus = {str(one.record.environment.get("gpu") or "") for one in evidence.records.done if one.record} - {""}
     if len(gpus) > 1:
         found.append(f"T0: mixed GPU models: {', '.join(sorted(gpus))}.")
-    found += [f"{source} is not used: {why}." for run in evidence.runs for source, why in run.refused]
+    found += [line for run in evidence.runs for line in _open(run)]
+    found += [f"{source} is not used: {why}." for source, why in evidence.refused]
     return found
+
+
+def _open(run: Run) -> list[str]:
+    """What a run has not got to (yet)."""
+    undone, planned = run.undone
+    told: list[str] = []
+    if not run.records.done:
+        told.append(f"T0: run {run.name} holds no record that can be used.")
+    elif undone:
+        told.append(
+            f"T0: {undone} of the {planned} cells that run {run.name} has planned have no record that can be used."
+        )
+    return told if run.usage else [*told, f"T6: run {run.name}: {NO_USAGE}."]

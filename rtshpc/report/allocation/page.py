@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from rtshpc.core.paths import AllocationPaths
-from rtshpc.core.records import replacing, write_text
+from rtshpc.core.errors import RunError
+from rtshpc.core.paths import AllocationPaths, make_private
+from rtshpc.core.records import locked, replacing, write_text
 from rtshpc.report import figures
 from rtshpc.report.allocation import arms, demand, origin, scaling, storage, texts
 from rtshpc.report.allocation.charts import cumulative_chart, scaling_chart
@@ -18,6 +19,9 @@ from rtshpc.report.page import flat, render_html, render_markdown
 
 NO_PDF = "no PDF: WeasyPrint (extra `pdf`) or the Pango it needs is not installed"
 
+LOCK_SECONDS = 30.0
+"""How long a report waits for another one to leave its folder."""
+
 
 def write_allocation(paths: AllocationPaths, evidence: Evidence) -> list[str]:
     """Write every file of the report; the same records and request give the same bytes.
@@ -27,7 +31,11 @@ def write_allocation(paths: AllocationPaths, evidence: Evidence) -> list[str]:
 
     Raises:
         ConfigError: the request's texts name a field that the programme has not.
+        RunError: another process writes its report into the same folder, or it is somebody else's, or for other files.
     """
+    make_private(paths.root)
+    if any(paths.root.iterdir()) and not (paths.lock.exists() or paths.page.exists()):
+        raise RunError(f"{paths.root}: holds other files and no report; give a new or an empty folder (--out DIR)")
     pdf = printer()
     content = build(evidence, pdf is not None)
     page = render_html(content)
@@ -35,15 +43,18 @@ def write_allocation(paths: AllocationPaths, evidence: Evidence) -> list[str]:
     for part in content.parts:
         files.update((paths.figure(chart.name), chart.standalone()) for chart in part.charts)
         files.update((paths.table(table.name), csv_text(*flat(table))) for table in (*part.tables, *part.folded))
-    for path, text in files.items():
-        write_text(path, text)
-    # What an earlier report left, and these records do not give, would be a number without a record.
-    for old in (*paths.table("any").parent.glob("*.csv"), *paths.figure("any").parent.glob("*.svg"), paths.pdf):
-        if old not in files:
-            old.unlink(missing_ok=True)
-    if pdf is not None:
-        with replacing(paths.pdf) as temporary:
-            pdf.HTML(string=figures.printed(page), url_fetcher=_refuse).write_pdf(temporary)
+    with locked(paths.lock, LOCK_SECONDS, f"{paths.root}: another process writes its report into this folder"):
+        # What an earlier report left, and these records do not give, would be a number without a record.
+        tables, charts = paths.table("any").parent, paths.figure("any").parent
+        leftovers = (found for folder in (tables, charts) for found in folder.glob(".*.tmp"))
+        for old in (*tables.glob("*.csv"), *charts.glob("*.svg"), *leftovers, paths.pdf):
+            if old not in files:
+                old.unlink(missing_ok=True)
+        for path, text in files.items():
+            write_text(path, text)
+        if pdf is not None:
+            with replacing(paths.pdf) as temporary:
+                pdf.HTML(string=figures.printed(page), url_fetcher=_refuse).write_pdf(temporary)
     return sorted(str(path.relative_to(paths.root)) for path in (*files, *([paths.pdf] if pdf else [])))
 
 

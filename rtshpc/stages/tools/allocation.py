@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rtshpc.core.load import load_site
-from rtshpc.core.paths import AllocationPaths, RunPaths, make_private
+from rtshpc.core.paths import AllocationPaths, RunPaths
 from rtshpc.core.sizing.request import GENERIC, load_programme, load_request
 from rtshpc.report.allocation.evidence import read_evidence
 from rtshpc.report.allocation.page import write_allocation
@@ -18,14 +18,13 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a file is not what it should be, or names what is not there.
-        RunError: the report's folder is somebody else's.
+        RunError: the report cannot be written into its folder.
     """
     given = _parser().parse_args(list(arguments))
     request, programme = load_request(given.request), load_programme(given.programme)
     site = load_site(request.site) if request.site else None
     evidence = read_evidence(given.runs, request, programme, site)
     paths = AllocationPaths(given.out) if given.out else RunPaths(given.runs[0]).allocation
-    make_private(paths.root)
     write_allocation(paths, evidence)
     print(paths.page)
     return 0
