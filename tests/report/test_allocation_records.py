@@ -149,3 +149,13 @@ def test_a_csv_tells_frozen_against_full_of_one_setting_from_another(run: Any) -
     assert table is not None and pairs
     told = {row[0].text for row in table.rows}
     assert len(told) == len(pairs) and all(any(pair.first.setting in text for text in told) for pair in pairs)
+
+
+def test_what_no_run_has_trained_or_measured_is_said_once_a_run_and_fills_no_table(run: Any) -> None:
+    for cell in run.cells.values():
+        if cell.stage in ("finetune", "measure"):
+            run.paths.cell(cell.id).record.unlink()
+    evidence = evidence_of(run.paths.root)
+    assert arms.arms_table(evidence) is None
+    told = [gap for gap in arms.gaps(evidence) if "not run" in gap]
+    assert len(told) == 1 and told[0].startswith(f"T4: run {run.paths.root.name}: RGB, ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rtshpc.report import figures, paper
@@ -22,6 +22,17 @@ def _groups(evidence: Evidence) -> tuple[tuple[memory.Group, ...], list[memory.M
     return made, [row for row in absent if (row.result.run, row.modalities, row.arm) not in have]
 
 
+def _not_measured(absent: Sequence[memory.Measured]) -> list[tuple[str, str]]:
+    """(what of which run and why, its records), those of one reason together."""
+    by_reason: dict[tuple[str, str], list[memory.Measured]] = {}
+    for row in absent:
+        by_reason.setdefault((row.result.run, row.result.reason or "unknown backend"), []).append(row)
+    return [
+        (f"run {run}: {', '.join(row.name for row in rows)}: {why}", " | ".join(row.result.source for row in rows))
+        for (run, why), rows in by_reason.items()
+    ]
+
+
 def memory_tables(evidence: Evidence) -> tuple[Table, ...]:
     """Table 2 of the paper, and whole steps and the device, for each backend, device and protocol."""
     made, _ = memory.groups(evidence.records)
@@ -34,7 +45,7 @@ def memory_words(evidence: Evidence) -> tuple[Entry, ...]:
     """What pretrained backbones save, and what was not measured."""
     made, absent = _groups(evidence)
     told = [*memory.sentences(made)]
-    told += [missing(f"{row.name}: {row.result.reason or 'unknown backend'}", row.result.source) for row in absent]
+    told += [missing(text, sources_of) for text, sources_of in _not_measured(absent)]
     if not made and not absent:
         told.append(missing("memory: no run that is given has a measure cell (`launch measure`)"))
     return tuple(told)
@@ -47,11 +58,12 @@ def memory_charts(evidence: Evidence) -> tuple[figures.Picture, ...]:
 
 
 def arms_table(evidence: Evidence) -> Table | None:
-    """Frozen against full, for each pair that was trained; None where there is none."""
+    """Frozen against full, for each pair of which one was trained; None where there is none."""
     body: list[tuple[Entry, ...]] = []
     for run in evidence.runs:
         for pair in scores.against_full(scores.scored(run.records)):
-            body += _pair(run, pair)
+            if any(one and one.record for one in (pair.first.trained, pair.second.trained)):
+                body += _pair(run, pair)
     if not body:
         return None
     columns = ("Training", "Figure", "Frozen", "Full", "Frozen of full")
@@ -134,7 +146,7 @@ def gaps(evidence: Evidence) -> list[str]:
     found: list[str] = []
     if not made:
         found.append("T4: no memory was measured (`launch measure`).")
-    found += [f"T4: {row.name}: {row.result.reason or 'unknown backend'}." for row in absent]
+    found += [f"T4: {text}." for text, _ in _not_measured(absent)]
     have = {row.arm for group in made for row in group.rows}
     if made and (lacking := [arm for arm in ("pretrained", "full", "cached") if arm not in have]):
         found.append(f"T4: not measured: {', '.join(lacking)}.")

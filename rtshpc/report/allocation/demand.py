@@ -344,7 +344,8 @@ def spent_table(evidence: Evidence) -> Table | None:
             if key != "total" and not (books and books.get("sacct")):
                 continue
             told = held if isinstance(held, Mapping) else {}
-            amounts = (number(told.get(one), f"{file}#{key}.{one}", 3) for one in UNITS.values())
+            unknown = "its attempts do not tell what they held"
+            amounts = (number(told.get(one), f"{file}#{key}.{one}", 3, reason=unknown) for one in UNITS.values())
             tries = number(told.get("attempts"), f"{file}#{key}.attempts") if "attempts" in told else words("–")
             body.append((words(run.name), words(name), tries, *amounts))
         body += _explained(run.name, file, books)

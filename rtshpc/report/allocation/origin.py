@@ -77,7 +77,13 @@ def _dirty(commits: Iterable[str]) -> str:
     changed = [commit for commit in known if commit.endswith("-dirty")]
     if not known:
         return "not known"
-    return f"yes: {', '.join(changed)}" if changed else "none"
+    return f"yes: {', '.join(map(_short, changed))}" if changed else "none"
+
+
+def _short(commit: str) -> str:
+    """As much of a commit as names it."""
+    digest, dash, rest = commit.partition("-")
+    return f"{digest[:12]}{dash}{rest}"
 
 
 def _span(run: Run) -> str:
@@ -143,7 +149,9 @@ def gaps(evidence: Evidence) -> list[str]:
     for run in evidence.runs:
         changed = [commit for commit in _commits(run) if commit.endswith("-dirty")]
         if changed:
-            found.append(f"T0: run {run.name} has records of code with uncommitted changes: {', '.join(changed)}.")
+            found.append(
+                f"T0: run {run.name} has records of code with uncommitted changes: {', '.join(map(_short, changed))}."
+            )
         if len(_commits(run)) > 1:
             found.append(f"T0: run {run.name} has records of {len(_commits(run))} versions of the code.")
     prints = {str(run.provenance.get("data_fingerprint") or "") for run in evidence.runs} - {""}
