@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,15 @@ class Study:
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     return Study(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def short_study() -> Callable[..., list[str]]:
+    """Options of `launch scale` for one repeat of as few and as small steps as can be measured."""
+
+    def options(gpus: str = "1,2", concurrency: str = "2", tasks: str = "2", **scale: int) -> list[str]:
+        section = {"steps": 1, "warmups": 1, "batch_per_gpu": 1, "waves": 1, **scale}
+        counts = ["--gpus", gpus, "--concurrency", concurrency, "--tasks", tasks, "--repeats", "1"]
+        return [*counts, *(word for key, value in section.items() for word in ("--set", f"scale.{key}={value}"))]
+
+    return options

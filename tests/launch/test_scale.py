@@ -41,19 +41,6 @@ SETS = (
     "scale.batch=4",
     "scale.batch_per_gpu=1",
 )
-SMALL = ("--gpus", "1,2", "--concurrency", "2", "--tasks", "2", "--repeats", "1")
-SHORT = (
-    "--set",
-    "scale.steps=1",
-    "--set",
-    "scale.warmups=1",
-    "--set",
-    "scale.batch_per_gpu=1",
-    "--set",
-    "scale.waves=1",
-)
-
-
 STUB = Record(cell="0", stage="gather", label="", result_version=1, started="", seconds=0, results={})
 
 
@@ -255,8 +242,8 @@ def test_what_is_measured_is_shown_with_medians_quartiles_and_efficiency(
 
 
 @pytest.mark.full
-def test_a_study_that_is_killed_goes_on_and_says_what_it_cost(launcher: Launcher) -> None:
-    line = ["scale", str(launcher.sweep), "--runs", str(launcher.runs), *SMALL, *SHORT, "--set", "scale.batch=2"]
+def test_a_study_that_is_killed_goes_on_and_says_what_it_cost(launcher: Launcher, short_study: Any) -> None:
+    line = ["scale", str(launcher.sweep), "--runs", str(launcher.runs), *short_study(batch=2)]
     paths = RunPaths(launcher.runs / "small-scale-here")
     process = subprocess.Popen(launcher.line(*line), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
