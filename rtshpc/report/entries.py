@@ -84,7 +84,7 @@ def number(value: Any, source: str, places: int = 0, scale: float = 1.0, note: s
 
 def places_for(value: float, figures: int = 4) -> int:
     """Decimals that show so many figures of a number, none of a large one."""
-    return max(0, figures - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    return max(0, figures - 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 0
 
 
 def thousands(value: float, places: int = 0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 from asking import GPU, SMALL, changed, evidence_of, one_item, priced, spend
 
 from rtshpc.core.records import read_json, write_json
-from rtshpc.report.allocation import arms, demand, origin, scaling
+from rtshpc.report.allocation import arms, demand, origin, scaling, storage
 from rtshpc.report.allocation.evidence import NO_USAGE
 from rtshpc.report.allocation.page import build
 from rtshpc.report.page import render_html
@@ -37,6 +38,11 @@ def test_a_usage_file_that_no_usage_wrote_counts_as_none(run: Any) -> None:
         assert found.refused == (
             (f"{run.paths.root.name}/usage.json", "refused: it is not what `launch usage` writes"),
         )
+    odd = {"gpu_hours": float("nan"), "cpu_hours": "many", "node_hours": None}
+    rows = [{"id": cell, "attempts": 1, **odd} for cell in run.cells]
+    run.paths.usage.write_text(json.dumps({"cells": rows, "total": odd}))
+    odd_ones = evidence_of(run.paths.root)
+    assert all("do not tell" in line.reason for line in demand.lines(odd_ones)) and demand.spent_table(odd_ones)
     write_json(run.paths.usage, {"cells": [{"id": "x"}]})
     assert evidence_of(run.paths.root).runs[0].usage is not None
 
@@ -159,3 +165,12 @@ def test_what_no_run_has_trained_or_measured_is_said_once_a_run_and_fills_no_tab
     assert arms.arms_table(evidence) is None
     told = [gap for gap in arms.gaps(evidence) if "not run" in gap]
     assert len(told) == 1 and told[0].startswith(f"T4: run {run.paths.root.name}: RGB, ")
+
+
+def test_a_small_size_and_few_hours_are_never_shown_as_none(run: Any) -> None:
+    run.change(run.find("gather"), lambda results: results.update(bytes=21_377))
+    spend(run, gpu_hours=1e-5)
+    evidence = evidence_of(run.paths.root)
+    table, taken = storage.storage_table(evidence), demand.spent_table(evidence)
+    assert next(row[4].text for row in table.rows if row[1].text == run.paths.root.name) == "0.0000214"
+    assert taken is not None and float(taken.rows[0][3].text) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -155,7 +156,7 @@ def _used(evidence: Evidence, item: Item) -> list[Used]:
 
 def _hours(facts: Mapping[str, Any], key: str) -> float | None:
     value = facts.get(key)
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _why_not(evidence: Evidence, item: Item, used: tuple[Used, ...]) -> str:
@@ -345,7 +346,7 @@ def spent_table(evidence: Evidence) -> Table | None:
                 continue
             told = held if isinstance(held, Mapping) else {}
             unknown = "its attempts do not tell what they held"
-            amounts = (number(told.get(one), f"{file}#{key}.{one}", 3, reason=unknown) for one in UNITS.values())
+            amounts = (_held(told.get(one), f"{file}#{key}.{one}", unknown) for one in UNITS.values())
             tries = number(told.get("attempts"), f"{file}#{key}.attempts") if "attempts" in told else words("–")
             body.append((words(run.name), words(name), tries, *amounts))
         body += _explained(run.name, file, books)
@@ -354,13 +355,19 @@ def spent_table(evidence: Evidence) -> Table | None:
     return Table("T6_spent", caption, columns, tuple(body)) if body else None
 
 
+def _held(hours: Any, source: str, reason: str = "") -> Entry:
+    """Hours of usage.json: of few as many decimals as show them."""
+    places = places_for(hours, 2) if isinstance(hours, int | float) else 0
+    return number(hours, source, max(3, places), reason=reason)
+
+
 def _explained(run: str, file: str, books: Mapping[str, Any]) -> list[tuple[Entry, ...]]:
     """The attempts that explain most of what both books differ by."""
     found: list[tuple[Entry, ...]] = []
     for place, row in enumerate(list(books.get("attempts") or ())[:SHOWN_JOBS]):
         source = f"{file}#reconciled.attempts.{place}"
         name = words(f"of it, job {row.get('job')}", note=str(row.get("why", "")), source=source)
-        amounts = (number(row.get(key), f"{source}.{key}", 3) for key in UNITS.values())
+        amounts = (_held(row.get(key), f"{source}.{key}") for key in UNITS.values())
         found.append((words(run), name, words("–"), *amounts))
     return found
 

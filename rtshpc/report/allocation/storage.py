@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rtshpc.core.sizing.request import LIFETIMES
 from rtshpc.report.allocation.evidence import Evidence, Run
 from rtshpc.report.collect import CellResult
-from rtshpc.report.entries import Entry, Table, measured, missing, modality_set, number, sources, words
+from rtshpc.report.entries import Entry, Table, measured, missing, modality_set, number, places_for, sources, words
 
 GB = 1e9
 
@@ -19,16 +19,21 @@ def storage_table(evidence: Evidence) -> Table:
         body += _of_run(run)
     for number_of, item in enumerate(evidence.request.storage):
         source = f"request.yaml#storage.{number_of}.gb"
-        amount = number(item.gb * GB, source, 2, GB, note="as the request says")
+        amount = _size(item.gb * GB, source, note="as the request says")
         body.append((words(item.name), words("–"), words(LIFETIMES[item.lifetime]), words("–"), amount))
     for lifetime in LIFETIMES.values():
         amounts = [row[4] for row in body if row[2].text == lifetime and row[4].value is not None]
         if amounts:
-            total = number(sum(amount.value or 0.0 for amount in amounts), sources(*amounts), 2, GB)
+            total = _size(sum(amount.value or 0.0 for amount in amounts), sources(*amounts))
             body.append((words("Sum"), words(""), words(lifetime), words(""), total))
     columns = ("What", "Run", "Wanted", "Cells", "Size, GB")
     notes = ("GB are 1e9 bytes. Sizes are those of the runs as they are; the request's own files are a person's word.",)
     return evidence.traced(Table("T5", "Storage by lifetime.", columns, tuple(body), notes))
+
+
+def _size(value: float, source: str, note: str = "") -> Entry:
+    """Bytes in GB: of a small one as many decimals as show it."""
+    return number(value, source, max(2, places_for(value / GB, 3)), GB, note=note)
 
 
 def _of_run(run: Run) -> list[tuple[Entry, ...]]:
@@ -55,7 +60,7 @@ def _row(run: Run, name: str, lifetime: str, found: list[CellResult], key: str) 
     where = " | ".join(result.source for result in found)
     source = " | ".join(f"{result.source}#results.{key}" for result in found)
     known = [size for size in sizes if size is not None]
-    amount = number(sum(known), source, 3, GB) if known else missing("its records tell no size", source)
+    amount = _size(sum(known), source) if known else missing("its records tell no size", source)
     return words(name), words(run.name), words(LIFETIMES[lifetime]), number(len(found), where), amount
 
 
