@@ -103,8 +103,12 @@ def _job_size(evidence: Evidence) -> list[Entry]:
     rows = [row for row in of_kind(evidence, "strong") if row.efficiency >= GOOD]
     if rows:
         best = max(rows, key=lambda row: row.count)
-        what = "GPUs" if best.device == "cuda" else "processes (on CPUs: no GPU was measured)"
-        text = f"Jobs of {best.count} {what} are the largest with at least {GOOD:.0%} efficiency ({100 * best.efficiency:.1f} %)."
+        one, more, where = (
+            ("GPU", "GPUs", "")
+            if best.device == "cuda"
+            else ("process", "processes", " (on CPUs: no GPU was measured)")
+        )
+        text = f"Jobs of {best.count} {one if best.count == 1 else more}{where} are the largest with at least {GOOD:.0%} efficiency ({100 * best.efficiency:.1f} %)."
         found.append(words(text, source=" | ".join(best.sources)))
     return found
 
