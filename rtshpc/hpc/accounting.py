@@ -15,6 +15,9 @@ from typing import Any
 TIMEOUT_SECONDS = 30.0
 """A controller that does not answer for so long is as good as none."""
 
+NO_SUCH_JOB = "Invalid job id"
+"""What squeue says, with an error code, of a job that is over for some minutes."""
+
 HELD = frozenset(
     [
         "PENDING",
@@ -159,14 +162,28 @@ class Spent:
     node_count: int = 1
 
 
+def ask(*line: str) -> subprocess.CompletedProcess[str] | None:
+    """What a program of Slurm's answers; None where it is not there, or does not answer within TIMEOUT_SECONDS."""
+    try:
+        return subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def queue_length() -> int | None:
+    """Jobs of this user that Slurm holds, each element of an array counted; None when it cannot be asked."""
+    answer = ask("squeue", "--noheader", "--array", "--me", "--format=%i")
+    return None if answer is None or answer.returncode else len(answer.stdout.splitlines())
+
+
 def ask_queue(jobs: Iterable[str]) -> dict[str, Queued] | None:
     """What squeue says of jobs (`123` or `123_4`), array elements apart; None when it cannot be asked."""
     wanted = set(jobs)
     if not wanted:
         return {}
     form = "%i|%T|%r|%S|%M|%l|%N"
-    answer = _ask("squeue", "--noheader", "--array", "--states=all", f"--format={form}", f"--jobs={_masters(wanted)}")
-    if answer is None or (answer.returncode and "Invalid job id" not in answer.stderr):
+    answer = ask("squeue", "--noheader", "--array", "--states=all", f"--format={form}", f"--jobs={_masters(wanted)}")
+    if answer is None or (answer.returncode and NO_SUCH_JOB not in answer.stderr):
         return None
     found: dict[str, Queued] = {}
     for line in answer.stdout.splitlines():
@@ -196,7 +213,7 @@ def ask_books(jobs: Iterable[str]) -> list[Spent] | None:
     wanted = set(jobs)
     if not wanted:
         return []
-    answer = _ask(
+    answer = ask(
         "sacct", "--noheader", "--parsable2", "--duplicates", f"--format={_COLUMNS}", f"--jobs={_masters(wanted)}"
     )
     if answer is None or answer.returncode:
@@ -304,13 +321,6 @@ def _asked_memory(text: str, traced: Mapping[str, float], cpus: int, nodes: int)
 def _masters(jobs: Iterable[str]) -> str:
     """Job numbers for `--jobs`: that of the array stands for all its elements."""
     return ",".join(sorted({job.partition("_")[0] for job in jobs}))
-
-
-def _ask(*line: str) -> subprocess.CompletedProcess[str] | None:
-    try:
-        return subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 def _instant(text: str) -> str | None:

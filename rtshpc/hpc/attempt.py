@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,11 @@ from rtshpc.core.errors import BAD_NODE, STOP_SIGNALS, STOPPED
 from rtshpc.core.load import read_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import read_lines, write_json
+from rtshpc.hpc.accounting import NO_SUCH_JOB, ask
 from rtshpc.hpc.books import bad_nodes
+
+TRIES, PAUSE_SECONDS = 4, 5.0
+"""How often, and how far apart, a controller is asked that is too busy to answer, as many are for a moment."""
 
 EARLY_SECONDS = 60
 """Slurm gives the warning before a time limit up to so much earlier than asked."""
@@ -49,7 +52,8 @@ class Ended:
         out_of_memory: whether Slurm says that memory ran out.
         timed_out: whether Slurm says that it ended the job at its time limit.
         explained: whether the task has written down why it failed.
-        taken: whether the job is over for Slurm already: its user cancelled it, or Slurm queues it again itself.
+        taken: whether the job is over for Slurm already: its user cancelled it, or Slurm queues it again itself; None
+            where Slurm does not say.
     """
 
     code: int
@@ -59,7 +63,7 @@ class Ended:
     out_of_memory: bool = False
     timed_out: bool = False
     explained: bool = False
-    taken: bool = False
+    taken: bool | None = False
 
     @property
     def told(self) -> bool:
@@ -98,6 +102,9 @@ def judge(ended: Ended, site: SiteConfig) -> Verdict:
     )
     if ended.taken and not ended.timed_out:
         return Verdict(False, "Taken")
+    if ended.taken is None and not ended.timed_out:
+        why = f"it {how}, and squeue does not say whether its user has cancelled it; `retry` goes on"
+        return Verdict(False, "Unasked", why)
     if late and not ended.advanced:
         why = f"the time limit came before the first checkpoint of this attempt; site.minutes = {site.minutes}"
         return Verdict(False, "TimeLimit", f"{why} is too short")
@@ -203,24 +210,34 @@ def last_words(log: Path) -> bytes:
         return b""
 
 
-def taken_away(job: str) -> bool:
-    """Whether the job is no longer running for Slurm."""
-    asked = ["squeue", "--noheader", "--format=%T", "--jobs", job]
-    answer = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
-    return answer.stdout.strip() != "RUNNING"
+def taken_away(job: str) -> bool | None:
+    """Whether the job is no longer running for Slurm; None where that cannot be asked."""
+    for tried in range(TRIES):
+        if tried:
+            time.sleep(PAUSE_SECONDS)
+        answer = ask("squeue", "--noheader", "--format=%T", "--jobs", job)
+        if answer is not None and (not answer.returncode or NO_SUCH_JOB in answer.stderr):
+            return answer.stdout.strip() != "RUNNING"
+    return None
 
 
 def requeue(job: str) -> str:
     """Put one job, or one element of an array, back into the queue; why not, else nothing."""
-    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
-    return " ".join(answer.stderr.split()) if answer.returncode else ""
+    return _refused("scontrol", "requeue", job)
 
 
 def avoid(job: str, nodes: Iterable[str]) -> str:
     """Keep a waiting job off nodes; why not, else nothing."""
-    asked = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}"]
-    answer = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
-    return f": {' '.join(answer.stderr.split())}" if answer.returncode else ""
+    refused = _refused("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+    return f": {refused}" if refused else ""
+
+
+def _refused(*line: str) -> str:
+    """Why Slurm does not do what it is told; nothing where it does."""
+    answer = ask(*line)
+    if answer is None:
+        return f"{line[0]} does not answer"
+    return (" ".join(answer.stderr.split()) or f"exit code {answer.returncode}") if answer.returncode else ""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -211,16 +211,6 @@ def slurm_states(ids: Sequence[str]) -> dict[str, str] | None:
     return None if queue is None else {job: found.state for job, found in queue.items() if found.held}
 
 
-def queue_length() -> int | None:
-    """Jobs of this user that Slurm holds, each element of an array counted; None when it cannot be asked."""
-    asked = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
-    try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return None if answer.returncode else len(answer.stdout.splitlines())
-
-
 def launcher_token() -> str:
     """Names this process so that a reused process id is not taken for it: `PID:START`."""
     return f"{os.getpid()}:{_started(os.getpid())}"

@@ -17,8 +17,9 @@ from rtshpc.core.errors import ConfigError, RunError
 from rtshpc.core.load import read_cell, read_run_config, write_cell, write_run_config
 from rtshpc.core.paths import RunPaths, make_private
 from rtshpc.core.records import append_lines, locked, read_lines, read_plan, write_json
+from rtshpc.hpc.accounting import queue_length
 from rtshpc.hpc.container import image_facts
-from rtshpc.hpc.executor import Job, queue_length, script, slurm_states, submit
+from rtshpc.hpc.executor import Job, script, slurm_states, submit
 from rtshpc.hpc.site import code_version
 from rtshpc.launch.plan import Array, MapPlan, Plan, ScalePlan, arrays, guards, waits_for
 

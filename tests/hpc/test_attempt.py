@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from submitit.core.utils import DelayedSubmission
@@ -14,6 +15,7 @@ from rtshpc.core.errors import BAD_NODE, STOPPED
 from rtshpc.core.load import load_run, write_run_config
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import append_line, read_json
+from rtshpc.hpc import accounting, attempt
 from rtshpc.hpc.attempt import OUT_OF_MEMORY, Ended, Verdict, advanced, job_name, judge, last_words, main
 from rtshpc.hpc.books import note_bad_node
 from rtshpc.hpc.executor import become
@@ -175,6 +177,42 @@ def test_a_job_that_its_user_cancelled_stays_cancelled_and_is_no_failure(job: Pa
     assert main([str(job), str(TOLD), "5"]) == TOLD
     assert not (tmp_path / "asked").exists()
     assert not (tmp_path / "run/cells/aa/failure.json").exists()
+
+
+def test_a_controller_that_is_busy_for_a_moment_costs_no_attempt(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "PAUSE_SECONDS", 0.0)
+    busy = "echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1"
+    (tmp_path / "squeue").write_text(
+        f"#!/bin/sh\n[ -e {tmp_path}/before ] || {{ touch {tmp_path}/before; {busy}; }}\necho RUNNING\n"
+    )
+    assert main([str(job), str(STOPPED), "5"]) == STOPPED
+    assert (tmp_path / "asked").read_text() == "requeue 12_3\n"
+
+
+def test_an_attempt_of_which_slurm_says_nothing_is_named_and_not_passed_over(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "PAUSE_SECONDS", 0.0)
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert main([str(job), str(STOPPED), "5"]) == STOPPED
+    assert not (tmp_path / "asked").exists()
+    assert "squeue does not say" in read_json(tmp_path / "run/cells/aa/failure.json")["error"]
+
+
+def test_programs_of_slurms_that_hang_are_given_up_and_the_exit_code_stays_the_tasks(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting, "TIMEOUT_SECONDS", 0.2)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexec sleep 10\n")
+    assert main([str(job), str(STOPPED), "5"]) == STOPPED
+    assert "scontrol does not answer" in read_json(tmp_path / "run/cells/aa/failure.json")["error"]
+
+
+def test_a_job_that_slurm_has_forgotten_is_over(programs: Any) -> None:
+    programs.says("squeue", "", code=1, error="slurm_load_jobs error: Invalid job id specified")
+    assert attempt.taken_away("12") is True
 
 
 def test_a_job_that_lost_too_many_nodes_does_not_start_its_task(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

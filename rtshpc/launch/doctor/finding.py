@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from rtshpc.hpc import accounting
 
 GIB = 1 << 30
 
@@ -38,8 +39,5 @@ def nearest(runs: Path) -> Path:
 
 def ask(*line: str) -> str | None:
     """What a program prints; None when it fails."""
-    try:
-        answer = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout if answer.returncode == 0 else None
+    answer = accounting.ask(*line)
+    return answer.stdout if answer is not None and answer.returncode == 0 else None
