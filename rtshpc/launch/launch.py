@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from rtshpc.core.cell import MAP_STAGES
 from rtshpc.core.errors import RunError
+from rtshpc.core.load import shipped_folder
 from rtshpc.core.paths import CellPaths
 from rtshpc.core.records import read_json
 from rtshpc.core.sizing.predict import STAGE as PREDICT
@@ -116,7 +117,7 @@ def _traced(folder: CellPaths) -> str:
 def by_hand(plan: Plan) -> list[str]:
     """The lines that submit a prepared run's stages with the templates of slurm/, in order; each when the one before is over."""
     lines: list[str] = []
-    run, site = shlex.quote(str(plan.paths.root)), plan.config.site
+    run, site, folder = shlex.quote(str(plan.paths.root)), plan.config.site, shipped_folder("slurm")
     for stage in dict.fromkeys(cell.stage for cell in plan.todo):
         count = sum(cell.stage == stage for cell in plan.cells)
         if stage == "summarise":
@@ -129,8 +130,14 @@ def by_hand(plan: Plan) -> list[str]:
         for first in range(0, count, most):
             given = f"RTSHPC_RUN={run} RTSHPC_STAGE={stage}" + (f" RTSHPC_FIRST={first}" if first else "")
             last = min(most, count - first) - 1
-            lines.append(f"{given} sbatch --array=0-{last}%{site.max_jobs} slurm/{template}.sbatch")
+            lines.append(f"{given} sbatch --array=0-{last}%{site.max_jobs} {_as_typed(folder / f'{template}.sbatch')}")
     return lines
+
+
+def _as_typed(file: Path) -> str:
+    """A file as a word of a command line that is typed in this folder."""
+    here = Path.cwd()
+    return shlex.quote(str(file.relative_to(here) if file.is_relative_to(here) else file))
 
 
 def _here(console: Console, plan: Plan, ledger: Ledger) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -55,3 +56,26 @@ def test_a_run_folder_with_spaces_quotes_and_dollars_is_one_word_of_the_lines(la
     for line in by_hand(plan):
         words = [word.removeprefix("RTSHPC_RUN=") for word in shlex.split(line)]
         assert str(folder / "small") in words
+
+
+def test_lines_typed_outside_of_a_clone_name_the_templates_that_came_with_the_code(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(load_run(launcher.sweep), launcher.runs)
+    monkeypatch.chdir(launcher.folder)
+    templates = [Path(shlex.split(line)[-1]) for line in by_hand(plan)[:-1]]
+    assert templates and all(template.is_file() for template in templates)
+
+
+@pytest.mark.parametrize(("held", "gpus"), [({"SLURM_GPUS_ON_NODE": "2"}, 2), ({}, 0)])
+def test_a_sweep_inside_one_job_computes_on_the_gpus_of_that_job(
+    held: dict[str, str], gpus: int, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "RTSHPC_PYTHON": str(python), **held}
+    line = ["bash", str(ROOT / "slurm/sweep.sbatch")]
+    told = subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout
+    sets = [word for word in told.split() if word.startswith("site.")]
+    assert load_run("demo", sets, "local").site.gpus == gpus
