@@ -188,7 +188,11 @@ def run_group(work: Work, processes: int, device: str, arguments: tuple[Any, ...
     with tempfile.TemporaryDirectory(prefix="rtshpc-group-") as folder:
         result = Path(folder) / "result.pt"
         started = mp.start_processes(
-            _enter, (work, processes, device, folder, arguments), processes, join=False, start_method="spawn"
+            _enter,
+            (work, processes, device, folder, arguments, os.getpid()),
+            processes,
+            join=False,
+            start_method="spawn",
         )
         assert started is not None
 
@@ -250,15 +254,18 @@ def _note_failure(folder: Path, rank: int, error: Exception) -> None:
         os.link(own, folder / "failed")
 
 
-def _die_with_parent() -> None:
-    """End with the process that started this one: an orphan would write into the next attempt's files."""
+def _die_with_parent(parent: int) -> None:
+    """End with the process `parent` that started this one: an orphan would write into the next attempt's files."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may be gone since: starting Python and importing torch take seconds, in which nobody tells us.
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _enter(rank: int, work: Work, size: int, device: str, folder: str, arguments: tuple[Any, ...]) -> None:
-    """What a spawned process does: join the group, work, leave the first one's result."""
-    _die_with_parent()
+def _enter(rank: int, work: Work, size: int, device: str, folder: str, arguments: tuple[Any, ...], parent: int) -> None:
+    """What a process spawned by `parent` does: join the group, work, leave the first one's result."""
+    _die_with_parent(parent)
     own = choose_device(device, rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)

@@ -12,7 +12,7 @@ from rtshpc.core.errors import STOPPED, RunError
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import read_lines
 from rtshpc.engine import checkpoint
-from rtshpc.engine.distributed import Group, Preempted, choose_device, run_group, stop_requests
+from rtshpc.engine.distributed import Group, Preempted, _die_with_parent, choose_device, run_group, stop_requests
 
 from .conftest import cell_of, small_config
 
@@ -113,3 +113,13 @@ def test_two_processes_train_as_one_with_the_same_global_batch(paths: RunPaths, 
     for name, tensor in one.items():
         room = 1e-3 if name.endswith("running_var") else 1e-5
         torch.testing.assert_close(two[name], tensor, rtol=room, atol=5e-5, msg=name)
+
+
+@pytest.mark.parametrize(("here", "end"), [(True, 0), (False, -signal.SIGKILL)])
+def test_a_process_whose_parent_is_gone_before_it_could_follow_it_does_not_live_on(here: bool, end: int) -> None:
+    parent = os.getpid()
+    child = os.fork()
+    if not child:
+        _die_with_parent(parent if here else parent + 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == end
