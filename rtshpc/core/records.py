@@ -98,7 +98,8 @@ def locked(path: Path, seconds: float, busy: str) -> Generator[None]:
     """Hold the lock file `path`; it is let go with the process, however that ends.
 
     Raises:
-        RunError: `busy`, when another process holds it for so many seconds.
+        RunError: `busy`, when another process holds it for so many seconds; or the file system has no locks.
+        OSError: the file cannot be made.
     """
     with path.open("w") as file:
         deadline = time.monotonic() + seconds
@@ -110,6 +111,11 @@ def locked(path: Path, seconds: float, busy: str) -> Generator[None]:
                 if time.monotonic() > deadline:
                     raise RunError(busy) from None
                 time.sleep(0.05)
+            except OSError as error:
+                text = (
+                    f"{path}: cannot be locked ({error.strerror}); take a file system with locks (flock), see `doctor`"
+                )
+                raise RunError(text) from None
         yield
 
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,3 +172,18 @@ def test_a_reader_never_sees_a_part_though_the_writer_is_killed(tmp_path: Path) 
         value = read_json(path)
         assert value is not None
         assert len(value["rows"]) == 20_000
+
+
+def test_a_file_system_without_locks_is_named_and_not_taken_for_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    lock = tmp_path / ".lock"
+    with (
+        pytest.raises(RunError, match=rf"^{re.escape(str(lock))}: cannot be locked \(No locks available\)"),
+        locked(lock, 9.0, "busy"),
+    ):
+        pass
