@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -42,6 +43,7 @@ def follow_log(paths: RunPaths, cell_id: str, say: Callable[..., None]) -> None:
     A cell that has not begun is waited for, and a job that takes its place is followed on.
     """
     path, read, asked = None, 0, -ASK_SECONDS
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while True:
         over = False
         if time.monotonic() - asked >= ASK_SECONDS:
@@ -53,13 +55,14 @@ def follow_log(paths: RunPaths, cell_id: str, say: Callable[..., None]) -> None:
         now = _log_path(paths, cell_id)
         if now != path:
             path, read = now, 0
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         if path is not None:
             with path.open("rb") as file:
                 file.seek(read)
                 added = file.read()
             read += len(added)
             if added:
-                say(added.decode("utf-8", errors="replace"), nl=False)
+                say(decoder.decode(added), nl=False)  # a letter may be written in two parts
         if over:
             return
         time.sleep(POLL_SECONDS)
