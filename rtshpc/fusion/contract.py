@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -9,16 +10,16 @@ from torch import Tensor, nn
 from rtshpc.core.errors import ShapeError
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """Primary x auxiliary -> one map, at one scale: the base of every mixer.
 
     A subclass takes `(width, config, scale)` and defines `forward(primary, auxiliary)`: two maps of
     (B, width, H, W) to one of the same shape.
     """
 
+    @abstractmethod
     def forward(self, primary: Tensor, auxiliary: Tensor) -> Tensor:
         """Mixes two maps of (B, C, H, W) into one of the same shape."""
-        raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
 
 def check_scales(scales: Mapping[str, Sequence[Tensor]], primary: str, auxiliaries: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from rtshpc.model.heads.cascade import CascadeHeads
 from rtshpc.model.heads.mask import MaskHead
 from rtshpc.model.heads.rpn import RPN
 from rtshpc.model.heads.sampling import Draw
-from rtshpc.model.heads.standard import StandardHeads
+from rtshpc.model.heads.standard import RoIHeads, StandardHeads
 from rtshpc.model.pyramid import Pyramid
 
 if TYPE_CHECKING:
@@ -48,15 +48,14 @@ class Detector(nn.Module):
         cached: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.channels = dict(channels)
-        self.modalities = tuple(channels)
-        self.classes = classes
-        self.frozen = frozen
-        heads = CascadeHeads if model.roi.kind == "cascade" else StandardHeads
+        self._note(model, channels, classes, frozen)
         self.backbone = Pyramid(model, channels, frozen, cached)
-        self.proposal_generator = RPN(model.rpn, model.pyramid_channels)
-        self.roi_heads = heads(model.roi, model.pyramid_channels, classes)
+        self.proposal_generator, self.roi_heads = fresh_heads(model, classes)
+
+    def _note(self, model: ModelConfig, channels: Mapping[str, int], classes: int, frozen: bool) -> None:
+        """Keep what the detector was made of."""
+        self.model, self.channels, self.modalities = model, dict(channels), tuple(channels)
+        self.classes, self.frozen = classes, frozen
 
     def forward(
         self,
@@ -158,6 +157,13 @@ class Detector(nn.Module):
             whole = [row for row in rows if row is not None]
             found[name] = torch.stack(whole).to(device) if whole else None
         return found
+
+
+def fresh_heads(model: ModelConfig, classes: int) -> tuple[RPN, RoIHeads]:
+    """Proposals and heads of a detector, with the weights that are drawn next."""
+    heads = CascadeHeads if model.roi.kind == "cascade" else StandardHeads
+    width = model.pyramid_channels
+    return RPN(model.rpn, width), heads(model.roi, width, classes)
 
 
 def build_detector(

@@ -22,14 +22,12 @@ from torch import Tensor
 from rtshpc.core.config import ModelConfig, RoIConfig
 from rtshpc.core.errors import MissingExtra, RunError
 from rtshpc.model.detections import Detections
-from rtshpc.model.detector import DIVISOR, Detector
+from rtshpc.model.detector import DIVISOR, Detector, fresh_heads
 from rtshpc.model.heads import box, mask
 from rtshpc.model.heads.anchors import STRIDES
-from rtshpc.model.heads.cascade import CascadeHeads
 from rtshpc.model.heads.pooling import FIRST, LAST
-from rtshpc.model.heads.rpn import RPN as OurRPN
 from rtshpc.model.heads.sampling import Draw, in_ignored
-from rtshpc.model.heads.standard import CODERS, StandardHeads
+from rtshpc.model.heads.standard import CODERS
 from rtshpc.model.pyramid import Pyramid
 
 if TYPE_CHECKING:
@@ -227,11 +225,7 @@ class Detectron2Detector(Detector, GeneralizedRCNN):
             )
         for part, weights in start.items():
             self.get_submodule(part).load_state_dict(weights)
-        self.model = model
-        self.channels = dict(channels)
-        self.modalities = tuple(channels)
-        self.classes = classes
-        self.frozen = frozen
+        self._note(model, channels, classes, frozen)
         self.guide = Guide()
         self.proposal_generator.guide = self.roi_heads.guide = self.guide
 
@@ -294,10 +288,8 @@ def start_of_ours(model: ModelConfig, classes: int) -> dict[str, dict[str, Tenso
 
     Detectron2 draws from the same distributions in another order.
     """
-    heads = CascadeHeads if model.roi.kind == "cascade" else StandardHeads
-    width = model.pyramid_channels
-    ours = {"proposal_generator": OurRPN(model.rpn, width), "roi_heads": heads(model.roi, width, classes)}
-    return {part: module.state_dict() for part, module in ours.items()}
+    proposals, heads = fresh_heads(model, classes)
+    return {"proposal_generator": proposals.state_dict(), "roi_heads": heads.state_dict()}
 
 
 def build_rpn(model: ModelConfig, backbone: PyramidBackbone) -> GuidedRPN:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rtshpc.core.config import FusionConfig
 from rtshpc.core.errors import ConfigError, ShapeError
+from rtshpc.fusion.contract import Mixer
 from rtshpc.fusion.mixers import CrossAttention
 from rtshpc.fusion.residual import ResidualFusion
 
@@ -104,3 +105,11 @@ def test_disagreeing_scales_are_named() -> None:
         fusion({"rgb": scales["rgb"], "ndvi": _scales("ndvi", side=8)["ndvi"]})
     with pytest.raises(ConfigError, match="heads"):
         CrossAttention(10, FusionConfig(heads=(1, 2, 4, 8)), 2)
+
+
+def test_a_mixer_without_a_way_to_mix_cannot_be_made() -> None:
+    class Idle(Mixer):
+        pass
+
+    with pytest.raises(TypeError, match="forward"):
+        Idle()  # pyright: ignore[reportAbstractUsage]

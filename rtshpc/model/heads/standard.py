@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ Found = tuple[Tensor, Tensor, Tensor]
 """Boxes (D, 4), scores (D,) and classes (D,) of one image."""
 
 
-class RoIHeads(nn.Module):
+class RoIHeads(nn.Module, ABC):
     """Sampling, labelling and the mask branch; subclasses define the box branch."""
 
     def __init__(self, config: RoIConfig, channels: int, classes: int) -> None:
@@ -64,15 +65,15 @@ class RoIHeads(nn.Module):
             losses["loss_mask"] = self._mask_loss(levels, sampled, targets)
         return [], losses
 
+    @abstractmethod
     def box_losses(
         self, levels: Sequence[Tensor], sampled: list[RoIs], sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
     ) -> dict[str, Tensor]:
         """The losses of the box branch by name."""
-        raise NotImplementedError(f"{type(self).__name__} does not define box_losses")
 
+    @abstractmethod
     def predictors(self) -> list[BoxPredictor]:
         """Of each stage, in order."""
-        raise NotImplementedError(f"{type(self).__name__} does not define predictors")
 
     def counted(self) -> dict[str, int]:
         """Boxes that each of the last losses is a mean over."""
@@ -82,11 +83,11 @@ class RoIHeads(nn.Module):
             found |= {f"loss_cls{suffix}": predictor.counted, f"loss_box_reg{suffix}": predictor.counted}
         return found if self.mask_head is None else found | {"loss_mask": self.mask_head.counted}
 
+    @abstractmethod
     def find_boxes(
         self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Found]:
         """Detected boxes, scores and classes of each image."""
-        raise NotImplementedError(f"{type(self).__name__} does not define find_boxes")
 
     def sample(self, proposals: Tensor, target: Target, draw: Draw) -> RoIs:
         """Ground truth joins the proposals; foreground, then background, at most rois_per_image."""
