@@ -186,11 +186,15 @@ def write_record(path: Path, record: Record) -> None:
     write_json(path, record.model_dump(mode="json"))
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a whole file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_facts(path: Path) -> dict[str, Any]:
     """What a record says of a file that its stage has written: `file` (its name), `bytes` and `sha256`."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def read_record(path: Path) -> Record | None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 from rtshpc.core.config import DataConfig
 from rtshpc.core.config.section import Section, doc
 from rtshpc.core.errors import ConfigError, DataError, unknown
-from rtshpc.core.records import read_json, write_json
+from rtshpc.core.records import file_sha256, read_json, write_json
 
 GENERATOR_VERSION = 1
 """Raised by hand when `data.synthetic` draws other scenes from the same config."""
@@ -328,8 +328,7 @@ def weights_sha256(path: Path, cache: Path, remember: bool) -> str:
     entry = known.get(name, {})
     if entry.get("size") == stat.st_size and entry.get("mtime_ns") == stat.st_mtime_ns:
         return str(entry["hash"])
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     if remember:
         write_json(cache, {**known, name: {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "hash": digest}})
     return digest

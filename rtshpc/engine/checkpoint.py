@@ -7,7 +7,6 @@ kill falls between, the next start finds a pair that belongs together.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -24,7 +23,7 @@ import torch
 
 from rtshpc.core.errors import RunError
 from rtshpc.core.paths import CellPaths
-from rtshpc.core.records import replacing, sync_folder
+from rtshpc.core.records import file_sha256, replacing, sync_folder
 
 FORMAT = 1
 """Raised when the contents of a checkpoint change their form."""
@@ -109,12 +108,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadCheckpoint(f"{path}: no checkpoint of format {FORMAT}")
     return content
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def random_states() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rtshpc.core.errors import RunError
 from rtshpc.core.features import data_hash
 from rtshpc.core.load import read_cell
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import read_record
+from rtshpc.core.records import file_sha256, read_record
 from rtshpc.core.sizing.memory import channels_of
 from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.engine import checkpoint
@@ -51,7 +51,7 @@ def started(cell: Cell, paths: RunPaths) -> Detector:
     if start.init == NO_FILE:
         return detector
     path = Path(start.init)
-    found = checkpoint.file_sha256(path) if path.is_file() else "none"
+    found = file_sha256(path) if path.is_file() else "none"
     if found != start.init_sha256:
         raise RunError(
             f"{path}: SHA-256 {found[:12]}, but the run was planned with {start.init_sha256[:12]};"
@@ -145,7 +145,7 @@ def mapping_detector(cell: Cell) -> Detector:
     asked = cell.config.map
     path = Path(asked.model)
     if path.suffix.lower() in WEIGHT_FORMATS:
-        found = checkpoint.file_sha256(path) if path.is_file() else "none"
+        found = file_sha256(path) if path.is_file() else "none"
     else:
         paths = RunPaths(path.parents[1])
         found = record_sha256(paths, path.name)
@@ -190,7 +190,7 @@ def read_trained(paths: RunPaths, cell_id: str) -> dict[str, Any]:
     """
     wanted = record_sha256(paths, cell_id)
     path = paths.cell(cell_id).best_checkpoint
-    found = checkpoint.file_sha256(path) if path.is_file() else "none"
+    found = file_sha256(path) if path.is_file() else "none"
     if found != wanted:
         # Without its record the training is undone, and it starts anew because last.pt names the same SHA-256.
         paths.cell(cell_id).record.unlink(missing_ok=True)

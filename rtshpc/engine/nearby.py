@@ -12,9 +12,8 @@ from pathlib import Path
 from rtshpc.core.cell import Cell
 from rtshpc.core.errors import BadNode
 from rtshpc.core.paths import RunPaths, make_private
-from rtshpc.core.records import Progress, locked, replacing
+from rtshpc.core.records import Progress, file_sha256, locked, replacing
 from rtshpc.data.reader import read_index, require_whole_shards
-from rtshpc.data.shard import file_sha256
 from rtshpc.hpc.site import scratch_folder
 
 WAIT_SECONDS = 7200.0

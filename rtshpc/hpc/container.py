@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import csv
-import hashlib
 import io
 import json
 import platform
@@ -181,8 +180,9 @@ def _sha256(path: Path, known: Mapping[str, Any]) -> str:
     """The file's hash, from `known` while path, size and time of change are the same."""
     if all(known.get(key) == value for key, value in _stat(path).items()) and known.get("sha256"):
         return str(known["sha256"])
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    from rtshpc.core.records import file_sha256
+
+    return file_sha256(path)
 
 
 def image_labels(path: Path) -> dict[str, str]:

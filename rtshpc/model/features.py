@@ -30,8 +30,7 @@ from torch import Tensor
 
 from rtshpc.core.errors import DataError, RunError
 from rtshpc.core.features import VARIANTS
-from rtshpc.core.records import replacing
-from rtshpc.data.shard import file_sha256
+from rtshpc.core.records import file_sha256, replacing
 
 FORMAT = 1
 """Version of the layout above."""

@@ -18,10 +18,9 @@ from rtshpc.core.errors import RunError
 from rtshpc.core.grid import finished
 from rtshpc.core.load import read_cell
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Progress, append_line, read_json, read_lines, write_text
+from rtshpc.core.records import Progress, append_line, file_sha256, read_json, read_lines, write_text
 from rtshpc.data.augment import geometry_of, turn
 from rtshpc.data.reader import ShardDataset, read_index
-from rtshpc.data.shard import file_sha256
 from rtshpc.engine.detectors import on_backbones, record_sha256
 from rtshpc.engine.distributed import choose_device
 from rtshpc.engine.nearby import near

@@ -19,8 +19,7 @@ from rtshpc.core.load import read_cell
 from rtshpc.core.mapping.cells import inputs_of
 from rtshpc.core.mapping.ground import Ground
 from rtshpc.core.paths import CellPaths, RunPaths
-from rtshpc.core.records import Progress, read_json, read_lines, read_record
-from rtshpc.data.shard import file_sha256
+from rtshpc.core.records import Progress, file_sha256, read_json, read_lines, read_record
 from rtshpc.geo.crs import LONLAT
 from rtshpc.mapping import features as table
 from rtshpc.mapping.between import Sheet, join

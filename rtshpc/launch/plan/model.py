@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ from rtshpc.core.errors import ConfigError, RtshpcError, RunError, unknown
 from rtshpc.core.grid import valid_record
 from rtshpc.core.load import Raw, load_run, load_site, parse_set, read_cell, validate
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import read_json
+from rtshpc.core.records import file_sha256, read_json
 from rtshpc.launch.status import find_planned, find_run
 
 TRAINED = ("pretrain", "finetune")
@@ -84,8 +83,7 @@ def _of_weights(path: Path, config: str, statistics: str) -> tuple[RunConfig, di
     run = load_run(config)
     modalities = (run.finetune.primary, *(name for name in run.finetune.modalities if name != run.finetune.primary))
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_sha256(path)
     except OSError as error:
         raise RunError(f"--model {path}: cannot be read: {error.strerror}") from None
     return run, {

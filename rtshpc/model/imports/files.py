@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rtshpc.core.config.run import WEIGHT_FORMATS
+from rtshpc.core.records import file_sha256
 from rtshpc.model.imports.pickles import read_pickle
 from rtshpc.model.weights import WeightsError
 
@@ -57,9 +57,7 @@ def read_weights(path: Path) -> WeightFile:
         raise WeightsError(f"{path}: unknown kind of file. Known: {', '.join(WEIGHT_FORMATS)}.")
     content = {"safetensors": _safetensors, "torch": _torch, "pickle": read_pickle}[kind](path)
     author, values = _unwrapped(content, path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return WeightFile(path, kind, sha256, author, _tensors(values, path))
+    return WeightFile(path, kind, file_sha256(path), author, _tensors(values, path))
 
 
 def _safetensors(path: Path) -> Any:
