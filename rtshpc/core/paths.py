@@ -245,7 +245,7 @@ class RunPaths:
         return self.shards / f"{task:04d}-{part:03d}.h5"
 
     def create(self) -> None:
-        """Make the run's folders, writable by the owner only as far as others are concerned."""
+        """Make the run's folders, so that nobody but their owner can write in them. Raises RunError, see `make_private`."""
         for folder in (self.root, self.logs, self.shards, self.cells, self.report):
             make_private(folder)
 

@@ -54,7 +54,7 @@ def fit(cell: Cell, paths: RunPaths, build: Build, progress: Progress = SILENT) 
 
     Returns:
         epochs, steps, best_epoch, best_ap50, final_loss, parameters, seconds_per_step, samples_per_second,
-        checkpoint, checkpoint_sha256, checkpoint_bytes, device, precision, resumed.
+        checkpoint, checkpoint_sha256, checkpoint_bytes, device, precision, features (live or cached), resumed.
 
     Raises:
         DataError: there is nothing to train on.

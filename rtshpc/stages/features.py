@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtshpc.core import features as plan
+from rtshpc.core import features as cache
 from rtshpc.core.cell import Cell, digest
 from rtshpc.core.config import MViTConfig
 from rtshpc.core.errors import RunError
@@ -54,7 +54,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     header = _header(cell, paths)
     sets = {split: ShardDataset(paths.index, data, split, (modality,)) for split in SPLITS}
     kept = _whole_files(cell, paths, header)
-    _refuse_without_room(cell, paths, plan.Chips(len(sets["train"]), len(sets["val"]), True))
+    _refuse_without_room(cell, paths, cache.Chips(len(sets["train"]), len(sets["val"]), True))
     torch.set_num_threads(tuning.threads)
     device = choose_device(tuning.device)
     progress("load", 0, 1)
@@ -62,7 +62,7 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     files: list[Row] = []
     done, again, total = 0, 0, sum(map(len, sets.values()))
     for split, dataset in sets.items():
-        numbers, step = plan.split_variants(cell, split), plan.chips_per_file(cell, split)
+        numbers, step = cache.split_variants(cell, split), cache.chips_per_file(cell, split)
         for first in range(0, len(dataset), step):
             path = paths.cell(cell.id).feature_file(split, first)
             ids = dataset.ids[first : first + step]
@@ -79,10 +79,10 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     return {
         **_facts(header),
         "live_dtype": files[0]["live_dtype"],
-        "variants": {split: [plan.VARIANTS[n] for n in plan.split_variants(cell, split)] for split in SPLITS},
+        "variants": {split: [cache.VARIANTS[n] for n in cache.split_variants(cell, split)] for split in SPLITS},
         "chips": {split: len(dataset) for split, dataset in sets.items()},
         "files": [{key: entry[key] for key in ("file", "split", "bytes", "sha256", "chips")} for entry in files],
-        "bytes": plan.cell_bytes(cell, plan.Chips(len(sets["train"]), len(sets["val"]), True)),
+        "bytes": cache.cell_bytes(cell, cache.Chips(len(sets["train"]), len(sets["val"]), True)),
         "kept": again,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
@@ -95,10 +95,10 @@ def _header(cell: Cell, paths: RunPaths) -> Header:
         modality=modality,
         dtype=cell.config.finetune.features_dtype,
         order="HWC" if isinstance(cell.config.model.backbone, MViTConfig) else "CHW",
-        shapes=plan.scale_shapes(cell.config.model, chip.size_px * chip.enlarge),
+        shapes=cache.scale_shapes(cell.config.model, chip.size_px * chip.enlarge),
         precision=cell.config.finetune.precision,
         backbone_sha256=record_sha256(paths, cell.backbones[modality]),
-        data_sha256=plan.data_hash(read_index(paths.index), cell.needs[0]),
+        data_sha256=cache.data_hash(read_index(paths.index), cell.needs[0]),
     )
 
 
@@ -109,7 +109,7 @@ def _facts(header: Header) -> Row:
 
 def _key(cell: Cell, header: Header) -> str:
     """What a file of an earlier attempt must be made of to be kept."""
-    return digest({**_facts(header), "chips": [plan.chips_per_file(cell, split) for split in SPLITS]})
+    return digest({**_facts(header), "chips": [cache.chips_per_file(cell, split) for split in SPLITS]})
 
 
 def _whole_files(cell: Cell, paths: RunPaths, header: Header) -> dict[str, Row]:
@@ -129,7 +129,7 @@ def _is_whole(path: Path, entry: Row) -> bool:
     return path.is_file() and path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]
 
 
-def _refuse_without_room(cell: Cell, paths: RunPaths, chips: plan.Chips) -> None:
+def _refuse_without_room(cell: Cell, paths: RunPaths, chips: cache.Chips) -> None:
     """Raise RunError unless the disk has room for all that the run's features cells still have to write.
 
     All of them, not this one alone: they run at the same time.
@@ -139,7 +139,7 @@ def _refuse_without_room(cell: Cell, paths: RunPaths, chips: plan.Chips) -> None
     others = [str(row["id"]) for row in rows if row["stage"] == "features" and row["todo"] and row["id"] != cell.id]
     waiting = [read_cell(paths.cell(name).config) for name in others if paths.cell(name).config.is_file()]
     cells = [cell, *(other for other in waiting if finished(other, paths) is None)]
-    need = sum(plan.left_bytes(one, paths, chips) for one in cells)
+    need = sum(cache.left_bytes(one, paths, chips) for one in cells)
     free = shutil.disk_usage(paths.root).free
     if need > free:
         raise RunError(

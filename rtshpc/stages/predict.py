@@ -42,8 +42,8 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         return known[spec.digest]
 
     large: list[tuple[int, MemorySpec, Sequence[Cell]]] = []
-    for done, (spec, own) in enumerate(specs.values()):
-        progress("trace", done, len(specs), own[0].label)
+    for number, (spec, own) in enumerate(specs.values()):
+        progress("trace", number, len(specs), own[0].label)
         need = extra.need(figures(spec))
         if need is not None and need > size:
             large.append((need, spec, own))

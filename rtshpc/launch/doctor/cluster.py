@@ -179,8 +179,8 @@ def _account(site: SiteConfig) -> Finding:
 def _accepted(site: SiteConfig, stage: str) -> Finding:
     """What sbatch itself says of a task's request: its word counts, whatever else was found."""
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            text = script(site, RunPaths(Path(scratch)), stage, 1)
+        with tempfile.TemporaryDirectory() as folder:
+            text = script(site, RunPaths(Path(folder)), stage, 1)
         line = ["sbatch", "--test-only"]
         answer = subprocess.run(line, input=text, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired, RtshpcError) as error:

@@ -285,13 +285,3 @@ def _show(verdicts: Sequence[Verdict]) -> None:
     console.print(table)
     counts = {name: sum(one.verdict == name for one in verdicts) for name in _STYLES}
     console.print(", ".join(f"{count} {name}" for name, count in counts.items()))
-
-
-if __name__ == "__main__":
-    import sys
-
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except RtshpcError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

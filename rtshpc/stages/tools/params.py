@@ -1,4 +1,4 @@
-"""`python -m rtshpc.stages params CONFIG [--json]`: parameters, total and trainable, of each part of the detector."""
+"""Tool: parameters, total and trainable, of each part of a detector."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAPER_INPUTS = {"rgb": 3, "ndvi": 1, "nir": 1}
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a table, or with `--json` `{"model": name, "counts": [...]}`; see `count` for an entry."""
-    parser = argparse.ArgumentParser(prog="params", description=__doc__)
+    parser = argparse.ArgumentParser(prog="params", description="Count the parameters of a detector, part by part.")
     parser.add_argument("config", help="model config or sweep config: a file or the name of a shipped one")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(list(arguments))
