@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,22 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return Programs(folder)
+
+
+@pytest.fixture
+def gdal_bindings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a module of this text in the place of GDAL's bindings, in a Python of their own."""
+
+    def install(text: str) -> None:
+        folder = tmp_path / "other python"
+        venv.create(folder, with_pip=False, symlinks=True)
+        package = next(folder.glob("lib/python3*/site-packages")) / "osgeo"
+        package.mkdir()
+        (package / "__init__.py").write_text("")
+        (package / "gdal.py").write_text(text)
+        monkeypatch.setenv("RTSHPC_GDAL_PYTHON", str(folder / "bin" / "python"))
+
+    return install
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,14 +30,8 @@ def Info(path, **options):
 
 
 @pytest.fixture
-def bindings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "other python"
-    venv.create(folder, with_pip=False, symlinks=True)
-    package = next(folder.glob("lib/python3*/site-packages")) / "osgeo"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "gdal.py").write_text(BINDINGS)
-    monkeypatch.setenv("RTSHPC_GDAL_PYTHON", str(folder / "bin" / "python"))
+def bindings(gdal_bindings: Callable[[str], None]) -> None:
+    gdal_bindings(BINDINGS)
 
 
 def test_a_call_passes_arguments_and_answer_but_not_what_other_gdals_were_told(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import venv
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -115,15 +115,9 @@ def BuildVRT(path, sources, **options):
 
 
 @pytest.fixture
-def bindings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python with a stand-in for GDAL's bindings that writes the simplest virtual raster."""
-    folder = tmp_path / "python"
-    venv.create(folder, with_pip=False, symlinks=True)
-    package = next(folder.glob("lib/python3*/site-packages")) / "osgeo"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "gdal.py").write_text(BINDINGS)
-    monkeypatch.setenv("RTSHPC_GDAL_PYTHON", str(folder / "bin" / "python"))
+def bindings(gdal_bindings: Callable[[str], None]) -> None:
+    """A stand-in for GDAL's bindings that writes the simplest virtual raster."""
+    gdal_bindings(BINDINGS)
 
 
 def _images(folder: Path) -> list[str]:
