@@ -13,6 +13,7 @@ import pytest
 
 from rtshpc.core.load import load_run
 from rtshpc.core.paths import RunPaths
+from rtshpc.launch.__main__ import main
 from rtshpc.launch.launch import by_hand
 from rtshpc.launch.plan import make_plan
 from rtshpc.stages.runner import find_cell
@@ -79,3 +80,9 @@ def test_a_sweep_inside_one_job_computes_on_the_gpus_of_that_job(
     told = subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout
     sets = [word for word in told.split() if word.startswith("site.")]
     assert load_run("demo", sets, "local").site.gpus == gpus
+
+
+def test_a_plan_is_printed_in_one_form(launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(launcher.sweep), "--runs", str(launcher.runs), "--json", "--sbatch"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, "give one of them" in said.err) == ("", True)

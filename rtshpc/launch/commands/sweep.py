@@ -164,10 +164,16 @@ def _counted(name: str, value: Any) -> str:
 
 
 def show_plan(found: Plan, as_json: bool, as_scripts: bool, expected: dict[str, Any] | None = None) -> int:
-    """Print a plan: as text, as JSON, or as the batch scripts of a Slurm site; `expected` as `forecast` gives it."""
+    """Print a plan: as text, as JSON, or as the batch scripts of a Slurm site; `expected` as `forecast` gives it.
+
+    Raises:
+        UsageError: JSON and scripts are both asked for.
+    """
     from rtshpc.core.sizing.predict import GUARDED
     from rtshpc.launch.submit import scripts
 
+    if as_scripts and as_json:
+        raise click.UsageError("--json and --sbatch print different things: give one of them")
     if as_scripts:
         for array, text in scripts(found):
             click.echo(f"# JOB{array.number + 1}: {array.stage}, {len(array.cells)} cells\n{text}")
