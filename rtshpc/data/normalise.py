@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 FAST_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.float32, np.float64)
 """Types whose moments OpenCV accumulates in double precision without a copy."""
+EXACT = 2.0**52
+"""Sums of whole numbers below are exact in double precision, with a bit to spare."""
 CANCELLATION = 1e5
 """Above this ratio of mean square to variance the one-pass moments lose digits and are computed again in two passes."""
 
@@ -118,13 +121,16 @@ def _channel(
     """(mean, m2, minimum, maximum) of one (H, W) layer with at least one valid pixel."""
     if channel.dtype.type in FAST_TYPES:
         channel = np.ascontiguousarray(channel)
-        mean, std = (float(part[0, 0]) for part in cv2.meanStdDev(channel, mask=mask))
-        variance = std * std
         count = channel.size if mask is None else int(np.count_nonzero(mask))
         if mask is None:
             low, high = float(channel.min()), float(channel.max())
         else:
             low, high = cv2.minMaxLoc(channel, mask=mask)[:2]
+        if mask is None and channel.dtype.kind in "iu" and max(-low, high) ** 2 * count < EXACT:
+            mean, std = _of_integers(channel)
+        else:
+            mean, std = (float(part[0, 0]) for part in cv2.meanStdDev(channel, mask=mask))
+        variance = std * std
         if low == high:
             return low, 0.0, low, high
         if np.isfinite(variance) and mean * mean <= CANCELLATION * variance:
@@ -132,6 +138,18 @@ def _channel(
     values = channel[valid].astype(np.float64)
     mean = float(values.mean())
     return mean, float(np.square(values - mean).sum()), float(values.min()), float(values.max())
+
+
+def _of_integers(channel: npt.NDArray[Any]) -> tuple[float, float]:
+    """(mean, deviation) of integers whose squares add up to less than `EXACT`.
+
+    Both sums are whole numbers that a double holds, so no order of adding changes them, and the result is that of
+    `cv2.meanStdDev` to the bit; for 16-bit types that function does the same eight times slower.
+    """
+    share = 1 / channel.size
+    mean = cv2.sumElems(channel)[0] * share
+    squares = round(cv2.norm(channel, cv2.NORM_L2SQR))  # it squares a root, so the last bit may be off
+    return mean, math.sqrt(max(squares * share - mean * mean, 0.0))
 
 
 def merge(parts: Iterable[Statistics], channels: int) -> Statistics:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -40,6 +41,23 @@ def test_statistics_equal_a_float64_reference(kind: str, seed: int, offset: int,
     )
     assert np.allclose(total.mean, mean, rtol=1e-11, atol=1e-11)
     assert np.allclose(total.m2 / total.count, variance, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(("uint8", "int8", "uint16", "int16")),
+    seed=st.integers(0, 10_000),
+    share=st.floats(0.02, 1),
+    shape=st.tuples(st.integers(8, 300), st.integers(8, 300)),
+)
+def test_moments_of_whole_numbers_are_the_general_ones_to_the_bit(
+    kind: str, seed: int, share: float, shape: tuple[int, int]
+) -> None:
+    limits = np.iinfo(kind)
+    pixels = np.random.default_rng(seed).integers(limits.min, int(limits.max * share) + 1, shape, kind)
+    mean, std = (float(part[0, 0]) for part in cv2.meanStdDev(pixels))
+    got = statistics_of(pixels[None], np.ones(shape, dtype=bool))
+    assert (got.mean[0], got.m2[0]) == (mean, std * std * pixels.size)
 
 
 def test_a_small_spread_on_a_large_mean_keeps_its_digits() -> None:
