@@ -142,8 +142,8 @@ class _Views:
         chip = np.array([piece.chip for piece in pieces], np.int64)
         shift = grounds[scene, :2]
         corner = np.array([[piece.row for piece in pieces], [piece.col for piece in pieces]], np.int64).T + shift
-        sides = [[piece.mask.shape[axis] for piece in pieces] for axis in (0, 1)]
-        box = np.hstack([corner, corner + np.array(sides, np.int64).T])
+        sides = np.array([piece.mask.shape for piece in pieces], np.int64).reshape(-1, 2)
+        box = np.hstack([corner, corner + sides])
         core, around, seen = np.empty_like(box), np.empty_like(box), np.empty_like(box)
         for number, placed in enumerate(scenes):
             mine = slice(ends[number], ends[number + 1])
@@ -198,13 +198,14 @@ def _owned(pieces: list[Piece], box: Boxes, inside: Boxes) -> tuple[list[Mask | 
     own: list[Mask | None] = [piece.mask for piece in pieces]
     own_box = box.copy()
     cut = np.flatnonzero((inside != box).any(axis=1))
-    for index, (top, left, _, _), part in zip(cut.tolist(), box[cut].tolist(), inside[cut].tolist(), strict=True):
-        found = None if part[2] <= part[0] or part[3] <= part[1] else tight(_cut(pieces[index].mask, top, left, part))
-        if found is None:
-            own[index] = None
-            continue
-        row, col, own[index] = found
-        own_box[index] = _box(part[0] + row, part[1] + col, found[2])
+    within = inside[cut] - np.tile(box[cut, :2], 2)
+    for index, (top, left, bottom, right), (row, col) in zip(
+        cut.tolist(), within.tolist(), inside[cut, :2].tolist(), strict=True
+    ):
+        found = None if bottom <= top or right <= left else tight(pieces[index].mask[top:bottom, left:right])
+        own[index] = found and found[2]
+        if found is not None:
+            own_box[index] = _box(row + found[0], col + found[1], found[2])
     return own, own_box
 
 
@@ -220,8 +221,10 @@ def _cut(mask: Mask, row: int, col: int, box: Sequence[int]) -> Mask:
 
 def _pairs(views: _Views) -> Boxes:
     """(k, 2) pieces to compare: what one saw near its core meets or touches what the other decides."""
-    tree = shapely.STRtree(_shapes(views.own_box))
-    pairs = tree.query(_shapes(views.near))
+    own = _shapes(views.own_box)
+    near, reaching = own.copy(), (views.near != views.own_box).any(axis=1)
+    near[reaching] = _shapes(views.near[reaching])
+    pairs = shapely.STRtree(own).query(near)
     pairs = np.sort(pairs[:, pairs[0] != pairs[1]], axis=0).astype(np.int64)
     keys = np.unique(pairs[0] * len(views.own) + pairs[1])
     return np.column_stack(np.divmod(keys, len(views.own)))
@@ -340,10 +343,9 @@ def _assemble(views: _Views, group: NDArray[np.int64]) -> dict[int, MapInstance]
     alone = np.flatnonzero(np.bincount(group, minlength=len(group)) == 1)
     tops, lefts = views.own_box[alone, 0].tolist(), views.own_box[alone, 1].tolist()
     found = {
-        index: MapInstance(
-            row, col, views.own[index], views.pieces[index].score, views.pieces[index].kind, names[index], 1
-        )
+        index: MapInstance(row, col, views.own[index], piece.score, piece.kind, names[index], 1)
         for index, row, col in zip(alone.tolist(), tops, lefts, strict=True)
+        for piece in (views.pieces[index],)
     }
     members: dict[int, list[int]] = defaultdict(list)
     for index in np.flatnonzero(~np.isin(group, alone)).tolist():
@@ -358,20 +360,22 @@ def _united(views: _Views, members: list[int], names: list[str]) -> MapInstance:
         pick(side) for pick, side in zip((min, min, max, max), zip(*boxes, strict=True), strict=True)
     )
     mask = np.zeros((bottom - top, right - left), np.bool_)
-    kinds: Counter[int] = Counter()
-    held: Counter[str] = Counter()
     for index, (row, col, low, far) in zip(members, boxes, strict=True):
         mask[row - top : low - top, col - left : far - left] |= views.own[index]
-        area = int(np.count_nonzero(views.own[index]))
-        kinds[views.pieces[index].kind] += area
-        held[names[index]] += area
-    score = max(views.pieces[index].score for index in members)
-    return MapInstance(top, left, mask, score, _most(kinds), _most(held), len(members))
+    parts, pieces = [views.own[index] for index in members], [views.pieces[index] for index in members]
+    kind = _most([piece.kind for piece in pieces], parts)
+    scene = _most([names[index] for index in members], parts)
+    return MapInstance(top, left, mask, max(piece.score for piece in pieces), kind, scene, len(members))
 
 
-def _most(counts: Counter[Any]) -> Any:
-    """The key with the highest count, the lowest of several."""
-    return min(counts, key=lambda key: (-counts[key], key))
+def _most(values: Sequence[Any], masks: Sequence[Mask]) -> Any:
+    """The value of most px, the lowest of several."""
+    if len(set(values)) == 1:
+        return values[0]
+    held: Counter[Any] = Counter()
+    for value, mask in zip(values, masks, strict=True):
+        held[value] += int(np.count_nonzero(mask))
+    return min(held, key=lambda value: (-held[value], value))
 
 
 def _settle(instances: dict[int, MapInstance], rivals: Collection[tuple[int, int]]) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rtshpc.mapping.pieces import Mask
 
-_CANVAS_PX = 1 << 20
+_CANVAS_PX = 1 << 18
 """px of one canvas: small enough for a processor's cache, large enough for numpy's cost of a call not to matter."""
 
 Ints = NDArray[np.int64]
@@ -53,9 +53,10 @@ def outlines(instances: Sequence[Placed], transform: Sequence[float]) -> list[An
 def _batches(instances: Sequence[Placed]) -> Iterator[list[int]]:
     """Indices of masks of nearly equal width that fill one canvas, or of one mask that is larger."""
     shapes = [one.mask.shape for one in instances]
+    widths = np.array([width for _, width in shapes])
     batch: list[int] = []
     rows = 0
-    for index in sorted(range(len(shapes)), key=lambda index: shapes[index][1]):
+    for index in np.argsort(widths, kind="stable").tolist():
         height, width = shapes[index]
         if batch and (rows + height + 1) * (width + 2) > _CANVAS_PX:
             yield batch
@@ -68,9 +69,10 @@ def _batches(instances: Sequence[Placed]) -> Iterator[list[int]]:
 
 def _draw(instances: Sequence[Placed], transform: Sequence[float]) -> list[Any]:
     """The outlines of the masks of one canvas."""
-    heights = np.array([one.mask.shape[0] for one in instances])
+    corner = np.array([(one.row, one.col) for one in instances])
+    heights, widths = np.array([one.mask.shape for one in instances]).T
     first = np.concatenate([[1], 1 + np.cumsum(heights + 1)])
-    canvas = np.zeros((int(first[-1]), max(one.mask.shape[1] for one in instances) + 2), np.uint8)
+    canvas = np.zeros((int(first[-1]), int(widths.max()) + 2), np.uint8)
     for top, one in zip(first.tolist(), instances, strict=False):
         canvas[top : top + one.mask.shape[0], 1 : one.mask.shape[1] + 1] = one.mask
     rows, cols, sizes = _rings(canvas)
@@ -83,7 +85,7 @@ def _draw(instances: Sequence[Placed], transform: Sequence[float]) -> list[Any]:
     inside = _right_hand(rows, cols, begins, following)
     polygon_of = _polygon_of(canvas, first, owner, twice > 0, inside)
 
-    shift = np.array([(one.row, one.col) for one in instances]) - np.column_stack([first[:-1], np.ones_like(heights)])
+    shift = corner - np.column_stack([first[:-1], np.ones_like(heights)])
     place = np.repeat(owner, sizes)
     y, x = rows + shift[place, 0], cols + shift[place, 1]
     a, b, c, d, e, f = transform[:6]
@@ -105,8 +107,8 @@ def _rings(canvas: NDArray[np.uint8]) -> tuple[Ints, Ints, Ints]:
     A ring has no corner twice. A corner is named after the px below and to the right of it.
     """
     corners, twofold = _corners(canvas)
-    width = canvas.shape[1] - 1
-    rows, cols = np.divmod(corners, width)
+    rows = corners // canvas.shape[1]  # much faster than divmod
+    cols = corners - rows * canvas.shape[1]
     rows += 1
     cols += 1
     # Along a row, corners 2k and 2k + 1 are the ends of edge k; it runs to the right where the ground lies below it.
@@ -123,13 +125,17 @@ def _rings(canvas: NDArray[np.uint8]) -> tuple[Ints, Ints, Ints]:
 
 
 def _corners(canvas: NDArray[np.uint8]) -> tuple[Ints, NDArray[np.bool_]]:
-    """Places of corners in reading order (on the grid of inner corners), those where two px touch by a corner twice."""
-    across = canvas[:-1] ^ canvas[1:]
-    left, right = across[:, :-1], across[:, 1:]
+    """Places of corners in reading order (of the px above and to the left), those where two px touch by a corner twice.
+
+    Rows follow one another in one long line: a canvas has nothing in its first and last column, thus no corner at a row's end.
+    """
+    width, line = canvas.shape[1], canvas.ravel()
+    across = line[:-width] ^ line[width:]
+    left, right = across[:-1], across[1:]
     both = left & right
-    both &= canvas[:-1, :-1] ^ canvas[:-1, 1:]
+    both &= line[: -width - 1] ^ line[1:-width]
     places = np.flatnonzero(((left ^ right) | both).view(np.bool_))
-    twofold = both.ravel()[places] == 1
+    twofold = both[places] == 1
     if not twofold.any():
         return places, twofold
     return np.repeat(places, 1 + twofold), np.repeat(twofold, 1 + twofold)
