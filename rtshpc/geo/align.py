@@ -189,6 +189,14 @@ class Layer:
             bad = [outside if mask is None else mask | outside for mask in bad]
         return pixels, bad
 
+    def decoded_bytes(self, height: int, width: int) -> int | None:
+        """Bytes of the file's blocks under a rectangle, wherever it lies; None where they are not those of this file."""
+        if self.warped or self._source.driver != "GTiff":
+            return None
+        rows, cols = self._source.block_shapes[0]
+        down, across = -(-height // rows) + 1, min(-(-width // cols) + 1, -(-self.width // cols))
+        return down * rows * across * cols * self.itemsize * (self._source.count + 1)  # one more for a mask
+
     def _turn(self, array: NDArray[Any]) -> NDArray[Any]:
         if self._rows:
             array = array[..., ::-1, :]

@@ -113,6 +113,12 @@ class OpenScene:
                 self._check_labels_seen(self._instances)
         return self._instances
 
+    def decoded_bytes(self, height: int, width: int) -> int | None:
+        """What GDAL's cache must hold to decode no block twice while a rectangle moves down; None where nobody knows."""
+        layers = {id(bound.layer): bound.layer for bound in self._bound if bound.layer is not None}
+        parts = [layer.decoded_bytes(height, width) for layer in layers.values()]
+        return None if None in parts else sum(part for part in parts if part is not None)
+
     def valid_fraction(self) -> float:
         """Share of the scene where the primary modality is valid (exact for scenes held whole)."""
         if self._whole is not None:

@@ -114,6 +114,32 @@ def test_strips_hold_the_chips_of_the_scene_each_once_in_order(
     assert sorted(told) == list(range(len(layout.boxes())))
 
 
+def test_a_file_is_decoded_once_with_a_cache_that_is_far_smaller_than_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtshpc.mapping.scenes.strips.STRIP_PX", 1)
+    noise = np.random.default_rng(0).integers(1, 30_000, (5, 3072, 512), dtype=np.int16)
+    tiles = {"tiled": True, "blockxsize": 256, "blockysize": 256, "interleave": "pixel"}
+    path = write_tif(tmp_path / "a.tif", noise, BANDS, nodata=-9999, **tiles)
+    data = DATA.model_copy(update={"chip": ChipConfig(size_px=128, overlap_px=0), "min_valid_fraction": 0.0})
+    scene, mapping = Scene(id="a", image=str(path)), MapConfig(overlap_px=32)
+    ground = survey([scene], data, mapping)[0].ground
+    assert ground is not None
+    layout = layout_of(ground, data, mapping)
+    with open_scene(scene, data, False, 0) as opened:
+        needed = opened.decoded_bytes(128, 512)
+    began = _bytes_read()
+    for _ in strips(scene, ground, layout, range(len(layout.boxes())), data, ReadFacts()):
+        pass
+    looked_at = 1024 * 512 * 5 * 2  # by opening it, before the first strip
+    assert needed is not None and needed < noise.nbytes / 3
+    assert noise.nbytes <= _bytes_read() - began < 1.1 * noise.nbytes + looked_at
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def test_a_scene_in_a_virtual_file_is_read_as_the_file_itself(tmp_path: Path) -> None:
     write_tif(tmp_path / "a.tif", reflectance(20, 30), BANDS)
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:

@@ -15,15 +15,16 @@ from rtshpc.core.errors import SceneRejected
 from rtshpc.core.mapping.ground import Ground
 from rtshpc.core.scenes import Scene
 from rtshpc.geo.chips import ChipBox
-from rtshpc.geo.raster import Grid, rejecting
+from rtshpc.geo.raster import Grid, reading, rejecting
 from rtshpc.geo.scene import ChipPixels, open_scene
 from rtshpc.mapping.layout import Layout
 
 CACHE_BYTES = 256 << 20
-"""GDAL's cache: two rows of a file's blocks under a row of chips of a block, so that each is decoded once."""
+"""GDAL's cache holds at most so much: the rows of a file's blocks under a strip, so that each is decoded once. It is no
+larger than that, for every page of it has to be made when a block of a scene begins."""
 
 STRIP_PX = 2 << 20
-"""A strip of several rows of chips holds at most so many px: neighbouring strips share an overlap, which is read twice."""
+"""A strip of several rows of chips holds at most so many px: neighbouring strips share an overlap, which is copied twice."""
 
 AHEAD = 1
 """Strips that wait to be worked on."""
@@ -87,12 +88,11 @@ def strips(
     with rejecting(scene.id), open_scene(scene, data, False, 0, CACHE_BYTES) as opened:
         _refuse_other_ground(scene, ground, opened.grid)
         facts.scaling, facts.missing = opened.scaling, sorted(opened.missing)
-        for members in _in_strips(chips, layout):
-            own = [(chip, boxes[chip]) for chip in members]
-            first, last = own[0][1], own[-1][1]
-            height = min(last.row + last.size, ground.height) - first.row
-            width = min(last.col + last.size, ground.width) - first.col
-            yield Strip(own, first.row, first.col, opened.part(first.row, first.col, height, width))
+        parts = [(members, *_rectangle(members, boxes, ground)) for members in _in_strips(chips, layout)]
+        needed = opened.decoded_bytes(max(height for *_, height, _ in parts), parts[0][-1])
+        with reading(GDAL_CACHEMAX=CACHE_BYTES if needed is None else min(needed, CACHE_BYTES)):
+            for members, row, col, height, width in parts:
+                yield Strip([(chip, boxes[chip]) for chip in members], row, col, opened.part(row, col, height, width))
         facts.warnings = list(opened.warnings)
 
 
@@ -104,6 +104,13 @@ def _in_strips(chips: Sequence[int], layout: Layout) -> Iterator[list[int]]:
     most = max(1, (STRIP_PX // width - layout.overlap) // step)
     for first in range(0, len(rows), most):
         yield [chip for row in rows[first : first + most] for chip in row]
+
+
+def _rectangle(chips: Sequence[int], boxes: Sequence[ChipBox], ground: Ground) -> tuple[int, int, int, int]:
+    """Row, column, height and width of what chips cover of a scene, px."""
+    first, last = boxes[chips[0]], boxes[chips[-1]]
+    height = min(last.row + last.size, ground.height) - first.row
+    return first.row, first.col, height, min(last.col + last.size, ground.width) - first.col
 
 
 def _refuse_other_ground(scene: Scene, ground: Ground, grid: Grid) -> None:
@@ -119,29 +126,32 @@ def read_ahead(source: Generator[Item, None, None], ahead: int = AHEAD) -> Itera
         source: not begun.
         ahead: items that wait at most; one more is being made.
     """
-    ready: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(ahead)
+    ready = queue.SimpleQueue[tuple[str, Item | BaseException | None]]()
+    room = queue.SimpleQueue[
+        None
+    ]()  # a word for each item that may still come; Queue's own bound costs several times as much
     left = threading.Event()
+    for _ in range(ahead):
+        room.put(None)
 
-    def put(kind: str, value: Item | BaseException | None) -> bool:
-        while not left.is_set():
-            try:
-                ready.put((kind, value), timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def put(item: Item) -> bool:
+        room.get()
+        if not left.is_set():
+            ready.put(("item", item))
+        return not left.is_set()
 
     def work() -> None:
         try:
             with closing(source):
-                if all(put("item", item) for item in source):
-                    put("end", None)
+                if all(put(item) for item in source):
+                    ready.put(("end", None))
         except BaseException as error:
-            put("error", error)
+            ready.put(("error", error))
 
     def items() -> Iterator[Item]:
         while True:
             kind, value = ready.get()
+            room.put(None)
             if isinstance(value, BaseException):
                 raise value
             if kind == "end":
@@ -154,4 +164,5 @@ def read_ahead(source: Generator[Item, None, None], ahead: int = AHEAD) -> Itera
         yield items()
     finally:
         left.set()
+        room.put(None)
         thread.join()
