@@ -1,4 +1,4 @@
-"""Lets the tests of stages use the makers of small rasters (`geo_making`) and of map runs (`publish_making`)."""
+"""Lets the tests of stages use the makers of small rasters (`geo_making`), of map runs (`publish_making`) and their own."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "geo"), str(TESTS / "mapping")]
+sys.path[:0] = [str(TESTS / "geo"), str(TESTS / "mapping"), str(TESTS / "stages")]
