@@ -196,10 +196,15 @@ def lines(report: dict[str, Any]) -> list[str]:
         start = f"{'+'.join(row['modalities']):<14}{row['arm']:<12}{row['levers']:<7}"
         out.append(start + "".join(f"{value:>8}" for value in values))
     out += [f"{name}: differs by {value:.4f} (relative)" for name, value in report["approximations"].items()]
-    for entry in report["judged"]:
-        verdict = "met" if entry["met"] else "MISSED"
-        out.append(f"{entry['name']:<40} {entry['value']:9.3f}  (at most {entry['limit']:g}: {verdict})")
-    return out
+    return [*out, *verdicts(report["judged"], "9.3f", "g")]
+
+
+def verdicts(judged: Sequence[dict[str, Any]], value: str, limit: str) -> list[str]:
+    """A line for each figure that has a target: its name, value and limit (as these formats say) and whether it is met."""
+    return [
+        f"{one['name']:<40} {one['value']:{value}}  (at most {one['limit']:{limit}}: {'met' if one['met'] else 'MISSED'})"
+        for one in judged
+    ]
 
 
 if __name__ == "__main__":

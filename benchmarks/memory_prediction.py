@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from fusion_memory import ARMS, CHANNELS, processor
+from fusion_memory import ARMS, CHANNELS, processor, verdicts
 
 from rtshpc.core.errors import RtshpcError, RunError
 from rtshpc.core.load import load_model
@@ -147,10 +147,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"  {name:<16}{row[name] / MIB:>10.1f}{told[name] / MIB:>10.1f}  {told['error'][name]:+.2%}"
             for name in shown
         ]
-    for entry in report["judged"]:
-        verdict = "met" if entry["met"] else "MISSED"
-        out.append(f"{entry['name']:<40} {entry['value']:+.2%}  (at most {entry['limit']:.0%}: {verdict})")
-    return out
+    return [*out, *verdicts(report["judged"], "+.2%", ".0%")]
 
 
 if __name__ == "__main__":
