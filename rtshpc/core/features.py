@@ -27,6 +27,9 @@ VARIANTS = (
 )
 """The dihedral group: number `4 * flip + turns`, a flip of left and right comes before the quarter turns."""
 
+CHIPS_AT_ONCE = 8
+"""Chips, variants counted, that go through a detector together where nothing is trained: to be scored or to be stored."""
+
 ITEM_BYTES = 2
 """Of a stored value, bf16 or fp16."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any
 
 import cv2
@@ -16,31 +15,21 @@ from pycocotools import mask as coder
 from rasterio.features import shapes
 
 from rtshpc.core.errors import SceneRejected
+from rtshpc.core.features import CHIPS_AT_ONCE
 from rtshpc.data.reader import ShardDataset
 from rtshpc.data.sample import Batch, Sample, collate
+from rtshpc.engine.memory.step import autocast
 from rtshpc.engine.scoring import ImageResult, Regions, Rle
 from rtshpc.geo.crs import resolution_m, to_lonlat
 from rtshpc.model.detections import Detections
 from rtshpc.model.detector import Detector
 from rtshpc.model.features import StoredScales, computable, read_scales
 
-BATCH = 8
-"""Chips that go through the detector together."""
-
 _DEGREES = 7
 """Decimals of longitudes and latitudes, about 1 cm."""
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 Told = Callable[[int, int], None]
 """`told(done, total)`, called after every batch; may raise to stop."""
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """The context in which a network of this precision runs; fp32 changes nothing."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
 def predict(
@@ -93,7 +82,7 @@ _Read = tuple[Batch, dict[str, tuple[torch.Tensor, ...]]]
 
 def _batches(dataset: ShardDataset, rows: Sequence[int], stored: Mapping[str, StoredScales]) -> Iterator[_Read]:
     """Batches of `rows`, the next one read by a thread while this one is computed."""
-    groups = [list(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+    groups = [list(rows[start : start + CHIPS_AT_ONCE]) for start in range(0, len(rows), CHIPS_AT_ONCE)]
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
         waiting = [pool.submit(_read, dataset, group, stored) for group in groups[:1]]
         for number in range(len(groups)):

@@ -31,6 +31,7 @@ from torch import Tensor
 from rtshpc.core.errors import DataError, RunError
 from rtshpc.core.features import VARIANTS
 from rtshpc.core.records import file_sha256, replacing
+from rtshpc.model.choices import choices
 
 FORMAT = 1
 """Version of the layout above."""
@@ -76,7 +77,7 @@ def to_stored(scales: Sequence[Tensor], header: Header) -> Tensor:
         raise RunError(f"features of {header.modality}: scales are {found}, the plan says {header.shapes}")
     axes = (0, 2, 3, 1) if header.order == "HWC" else (0, 1, 2, 3)
     flat = torch.cat([scale.permute(axes).flatten(1) for scale in scales], dim=1).to(TORCH[header.dtype])
-    if not bool(torch.isfinite(flat).all()):
+    if not choices().holds(torch.isfinite(flat).all(), usual=True):
         raise RunError(
             f"features of {header.modality}: a value is not finite in {header.dtype};"
             " take finetune.features_dtype = bf16 or features = live"

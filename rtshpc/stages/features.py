@@ -28,9 +28,6 @@ from rtshpc.engine.predict import autocast
 from rtshpc.model.detector import Detector
 from rtshpc.model.features import Header, to_stored, write_part
 
-BATCH = 8
-"""Images that go through the backbone together, variants counted."""
-
 SPLITS = ("train", "val")
 """Splits that trainings read; test chips are scored with the backbones themselves."""
 
@@ -167,7 +164,7 @@ class _Source:
 
     def records(self, first: int, count: int, variants: tuple[int, ...]) -> Iterator[Tensor]:
         """Records (n, variants, values) in the stored type of `count` chips from `first` on."""
-        size = max(1, BATCH // len(variants))
+        size = max(1, cache.CHIPS_AT_ONCE // len(variants))
         name = self._header.modality
         for start in range(first, first + count, size):
             rows = list(range(start, min(start + size, first + count)))

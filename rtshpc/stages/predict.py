@@ -1,4 +1,4 @@
-"""Memory of every training of a sweep, from shapes alone, before one of them is given a GPU that is too small."""
+"""Memory of every cell of a sweep that runs a detector, from shapes alone, before one is given a GPU that is too small."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rtshpc.core.cell import Cell
-from rtshpc.core.errors import RunError
+from rtshpc.core.errors import RtshpcError, RunError
 from rtshpc.core.grid import cells, finished
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Progress
@@ -61,11 +61,13 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
 
 def traced(spec: MemorySpec) -> dict[str, Any]:
     """Figures of a spec; `reason` where it cannot be traced."""
+    if spec.untraceable:
+        return {"reason": spec.untraceable}
     from rtshpc.engine.memory.trace import trace  # takes seconds, which what is kept already does not need
 
     try:
         return trace(spec)
-    except RunError as error:
+    except RtshpcError as error:
         return {"reason": str(error)}
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from hypothesis import given, strategies as st
 
 from rtshpc.core.cell import Cell
 from rtshpc.core.config import RunConfig, SiteConfig
+from rtshpc.core.features import CHIPS_AT_ONCE
 from rtshpc.core.grid import cells
 from rtshpc.core.load import load_run
 from rtshpc.core.records import Record
@@ -87,7 +89,17 @@ def test_the_most_chips_at_a_time_that_fit_are_taken(batch: int, size: int) -> N
     found = fit(spec, size, Overhead(), trace)
     assert all(one.batch == batch for one in asked)
     assert found.at_once == found.need == min(size, batch) and not found.advice
-    assert len(asked) <= 2 + batch.bit_length()
+    assert len(asked) <= 5  # of what grows evenly: all, one, all but one, as many as fit, and one more
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.data())
+def test_however_bytes_grow_the_most_chips_at_a_time_that_fit_are_found(grows: list[int], data: st.DataObject) -> None:
+    needs = list(accumulate(grows))
+    size = data.draw(st.integers(needs[0], needs[-1] + 1))
+    spec = SPEC.model_copy(update={"batch": len(needs)})
+    found = fit(spec, size, Overhead(), lambda one: {"alloc_peak_step": needs[(one.micro_batch or one.batch) - 1]})
+    most = sum(need <= size for need in needs)
+    assert (found.at_once, found.need) == (most, needs[most - 1])
 
 
 def test_what_does_not_fit_comes_with_what_would_and_each_of_it_was_traced() -> None:
@@ -99,6 +111,37 @@ def test_what_does_not_fit_comes_with_what_would_and_each_of_it_was_traced() -> 
         words.split()[0] for words in levers(spec)
     }
     assert all(one.micro_batch == 1 for one in levers(spec).values())
+
+
+def test_what_runs_a_detector_without_training_it_is_sized_by_the_chips_it_takes_at_once() -> None:
+    config = load_run("demo", ["finetune.features=cached", "pretrain.precision=bf16", "site.micro_batch=1"])
+    found = {
+        (cell.stage, cell.arm): spec
+        for cell in cells(config, FINGERPRINT)
+        if (spec := memory_spec(cell, config.site)) is not None
+    }
+    scored, alone, stored = (
+        found["evaluate", "pretrained"],
+        found["evaluate", "unimodal"],
+        found["features", "pretrained"],
+    )
+    assert {(one.work, one.batch, one.micro_batch) for one in (scored, alone)} == {("detect", CHIPS_AT_ONCE, 0)}
+    assert (stored.work, stored.batch, len(stored.channels)) == ("scales", CHIPS_AT_ONCE, 1)
+    assert (scored.arm, scored.precision, alone.precision) == ("pretrained", "fp32", "bf16")
+    assert found["finetune", "pretrained"].arm == "cached"  # its evaluation runs the backbones themselves
+
+
+def test_one_band_is_like_another_in_memory() -> None:
+    spec = spec_of(demo())
+    assert spec.digest == spec.model_copy(update={"channels": {"a": 3, "b": 1, "c": 1}}).digest
+    assert spec.digest != spec.model_copy(update={"channels": {"rgb": 1, "ndvi": 1, "nir": 3}}).digest
+
+
+def test_what_does_not_train_is_not_parted_to_make_it_fit() -> None:
+    spec = spec_of(demo(), work="detect", precision="fp32", batch=8)
+    found = fit(spec, 10, Overhead(), lambda one: {"alloc_peak_step": 9 if one.precision == "bf16" else 11})
+    assert (found.at_once, found.need, found.advice) == (None, 11, {"precision: bf16": 9})
+    assert all(lever.micro_batch == 0 and lever.work == "detect" for lever in levers(spec).values())
 
 
 def test_nothing_is_said_to_fit_that_cannot_be_predicted() -> None:

@@ -8,15 +8,19 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rtshpc.core.config import ModelConfig, TrainConfig
 from rtshpc.core.errors import RunError
 from rtshpc.core.load import load_model
 from rtshpc.core.sizing.memory import MemorySpec
-from rtshpc.engine.memory.step import forward, given_scales, sample, step, zero
+from rtshpc.engine.memory import parts
+from rtshpc.engine.memory.parts import Parts
+from rtshpc.engine.memory.shapes import Shapes
+from rtshpc.engine.memory.step import forward, given_scales, infer, sample, step, zero
 from rtshpc.engine.memory.tensors import Live, Saved, held_bytes, own_tensors, saved_bytes
-from rtshpc.engine.memory.trace import trace
+from rtshpc.engine.memory.trace import Work, trace
 from rtshpc.engine.optim import build_optimizer
 from rtshpc.model.choices import Counted, decided_by
 from rtshpc.model.engines import build
@@ -121,6 +125,89 @@ def test_a_trace_says_what_a_step_keeps_within_two_percent(case: Case) -> None:
 @pytest.mark.parametrize("case", LONG, ids=lambda case: "-".join(map(str, case[:4])))
 def test_a_trace_of_a_shipped_detector_says_what_a_step_keeps_within_two_percent(case: Case) -> None:
     _agrees(case, 0.05)
+
+
+INFERRED: list[Case] = [
+    ("smallest", 2, "pretrained", "bf16", {"work": "detect", "batch": 3, "model": {"frozen_dtype": "bf16"}}),
+    ("smallest", 1, "unimodal", "fp32", {"work": "detect", "model": {"roi": {"kind": "standard", "ious": [0.5]}}}),
+    ("smallest", 1, "pretrained", "bf16", {"work": "scales", "batch": 2}),
+]
+
+
+@pytest.mark.parametrize("case", INFERRED, ids=lambda case: f"{case[1]}-{case[3]}-{case[4]['work']}")
+def test_a_trace_says_what_is_alive_where_nothing_is_trained(case: Case) -> None:
+    spec = _spec(case)
+    spec = spec.model_copy(update={"model": _unsuppressed(spec.model)})
+    torch.manual_seed(spec.seed)
+    detector = build(spec.model, spec.channels, spec.classes, spec.arm == "pretrained").eval()
+    images, _ = sample(spec, CPU)
+    with Live() as live:
+        for tensor in own_tensors(detector, images, ()):
+            live.add(tensor)
+        infer(detector, images, spec)
+    traced = trace(spec)
+    assert traced["params"] == held_bytes([*detector.parameters(), *detector.buffers()])
+    assert traced["live_peak_fb"] == pytest.approx(live.peak, rel=0.02)
+    assert (traced["grads"], traced["optim_state"], traced["activations"]) == (0, 0, 0)
+
+
+def _unsuppressed(model: ModelConfig) -> ModelConfig:
+    """The model that takes as many boxes as there can be, as a trace does."""
+    rpn, roi = (part.model_copy(update={"nms_iou": 1.0}) for part in (model.rpn, model.roi))
+    return model.model_copy(update={"rpn": rpn, "roi": roi})
+
+
+PARTED: list[Case] = [
+    ("smallest", 2, "full", "bf16", {"batch": 5, "micro_batch": 1, "device": "cuda"}),
+    ("smallest", 3, "full", "fp32", {"batch": 9, "micro_batch": 2, "model": LEAN}),
+    (
+        "smallest",
+        1,
+        "unimodal",
+        "bf16",
+        {"batch": 7, "micro_batch": 1, "model": {"backbone": {"checkpoint": "blocks"}}},
+    ),
+    ("smallest", 2, "cached", "bf16", {"batch": 6, "micro_batch": 1, "device": "cuda"}),
+    ("smallest", 2, "pretrained", "bf16", {"batch": 8, "micro_batch": 2, "model": {**LEAN, "frozen_dtype": "bf16"}}),
+    ("tiny", 2, "full", "bf16", {"batch": 8, "micro_batch": 2, "model": {"backbone": {"checkpoint": "stages"}}}),
+    ("tiny", 3, "pretrained", "fp32", {"batch": 16, "micro_batch": 3, "device": "cuda"}),
+    ("mvitv2_t", 2, "full", "bf16", {"batch": 5, "micro_batch": 1, "device": "cuda"}),
+    ("mask_rcnn_r50", 1, "unimodal", "bf16", {"batch": 6, "micro_batch": 1, "device": "cuda"}),
+]
+
+
+def _parted(batch: int, at_once: int) -> tuple[int, int, int]:
+    """Most bytes alive, those alive at the end, and operations of two layers that see so many rows at once."""
+    spec = _spec(("smallest", 1, "unimodal", "fp32", {"batch": batch, "micro_batch": at_once}))
+    with Shapes(), Work(1) as live:
+        layers = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 16))
+        for weight in layers.parameters():
+            weight.grad = torch.zeros_like(weight)
+        rows = torch.zeros(batch, 9, 64)
+        run = Parts(spec, lambda: live.flops)
+        found = [run(lambda part=part: [layers(part)], ())[0] for part in rows.split(at_once)]
+        torch.cat(found).square().sum().backward()
+        del found
+    return live.peak, live.now, live.flops + run.operations
+
+
+@pytest.mark.parametrize(("batch", "at_once"), [(9, 1), (16, 3), (8, 2)])
+def test_parts_that_are_left_out_change_no_figure(batch: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _parted(batch, at_once)
+    monkeypatch.setattr(parts, "RUN", batch)
+    assert found == _parted(batch, at_once)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", PARTED, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
+def test_neither_parts_left_out_nor_quicker_fake_tensors_change_a_figure_of_any_detector(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = _spec(case)
+    found = trace(spec)
+    monkeypatch.setattr("rtshpc.engine.memory.trace.Shapes", FakeTensorMode)
+    monkeypatch.setattr(parts, "RUN", spec.batch)
+    assert found == trace(spec)
 
 
 @pytest.mark.full

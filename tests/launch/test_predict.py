@@ -18,7 +18,7 @@ from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.core.sizing.predict import GIB, GUARDED, keep_predicted, read_predicted, specs_of
 from rtshpc.launch.launch import predict_first
 from rtshpc.launch.plan import Plan, arrays, make_plan
-from rtshpc.launch.plan.forecast import Tracer, fits
+from rtshpc.launch.plan.forecast import Tracer, fits, forecast
 from rtshpc.launch.submit import prepare
 from rtshpc.stages import predict
 
@@ -135,8 +135,9 @@ def test_a_plan_shows_what_is_kept_and_guesses_nothing(launcher: Launcher) -> No
     answer = launcher.run("plan", *options(GPU))
     lines = [line for line in answer.stdout.splitlines() if line.startswith("  ")]
     guarded = [line for line in lines if any(f"  {stage} " in line for stage in GUARDED)]
-    assert guarded and all(line.endswith(": not predicted") for line in guarded)
-    assert not any("predicted" in line for line in lines if line not in guarded)
+    assert any("  evaluate " in line for line in guarded)
+    assert all(line.endswith(": not predicted (not traced yet, see --predict)") for line in guarded)
+    assert all(line.endswith(": not predicted (runs no detector)") for line in lines if line not in guarded)
     plan = plan_of(launcher, *GPU)
     keep(plan, lambda spec, own: 2)
     (cell,) = [cell for cell in plan.cells if cell.stage == "finetune"]
@@ -157,6 +158,40 @@ def test_a_plan_shows_what_is_kept_and_guesses_nothing(launcher: Launcher) -> No
     assert all((one["peak_bytes"], one["seconds_per_epoch"]) == (2 * GIB, None) for one in measured)
     text = launcher.run("plan", *options(GPU)).stdout
     assert "peak 2.00 GiB, 3.6 s an epoch, 0.001 GPU-hours, timed: finetune" in text
+    assert f"  evaluate {cell.label}: peak 2.00 GiB, time not predicted" in text
+
+
+def test_detectors_of_another_engine_are_told_as_not_predicted_with_the_reason_and_never_refused(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtshpc.core.config.ModelConfig.require_engine", lambda self: None)
+    plan = plan_of(launcher, *GPU, "model.engine=detectron2")
+    prepare(plan)
+    rows = forecast(plan)["cells"]
+    told = {rows[cell.id]["reason"] for cell in plan.cells if cell.stage in GUARDED}
+    assert told == {"model.engine = detectron2: its heads cannot be traced; take engine: native"}
+    cell = next(cell for cell in plan.cells if cell.stage == "predict")
+    assert set(predict.run(cell, plan.paths, SILENT)["cells"]) == set(specs_of(plan.cells, plan.config.site))
+
+
+def test_what_is_kept_but_is_no_prediction_is_traced_again(launcher: Launcher) -> None:
+    plan = plan_of(launcher, *GPU)
+    prepare(plan)
+    assert read_predicted(plan.paths) == {}
+    junk: list[Any] = [{}, [], None, {"alloc_peak_step": "2 GiB"}, {"alloc_peak_step": True}, {"flops": 1}]
+    for number, figures_ in enumerate(junk):
+        keep_predicted(plan.paths, str(number), figures_)
+    keep_predicted(plan.paths, "good", figures(2))
+    with plan.paths.predicted.open("ab") as file:
+        file.write(b'{"digest": "torn", "figu')
+    assert list(read_predicted(plan.paths)) == ["good"]
+    keep_predicted(plan.paths, "after", figures(3))
+    assert list(read_predicted(plan.paths)) == ["good", "after"]
+    plan.paths.predicted.unlink()
+    plan.paths.predicted.mkdir()
+    answer = launcher.run("plan", *options(GPU))
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr == f"error: {plan.paths.predicted}: cannot be read: Is a directory\n"
 
 
 @pytest.mark.full

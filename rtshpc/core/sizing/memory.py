@@ -7,6 +7,7 @@ from typing import Any
 from rtshpc.core.cell import Cell, digest
 from rtshpc.core.config import ModelConfig, RoIConfig, RunConfig, SiteConfig, TrainConfig
 from rtshpc.core.config.section import Section, doc
+from rtshpc.core.features import CHIPS_AT_ONCE
 
 TRAINED = ("pretrain", "finetune")
 """Stages whose cells train a detector."""
@@ -18,6 +19,7 @@ class MemorySpec(Section):
     model: ModelConfig = doc("the detector")
     channels: dict[str, int] = doc("bands of each modality, the primary first", min_length=1)
     classes: int = doc("classes without the background", 1, ge=1)
+    work: str = doc("train, detect (instances of chips) or scales (of a frozen backbone, to be stored)", "train")
     arm: str = doc("unimodal, full, pretrained (frozen backbones) or cached (their scales are given)", "unimodal")
     chip_px: int = doc("side of the samples, px", 256, ge=16)
     precision: str = doc("fp32, bf16 or fp16", "bf16")
@@ -36,9 +38,15 @@ class MemorySpec(Section):
     @property
     def digest(self) -> str:
         """Of all that changes memory and work; names, seeds and how often it is measured do not."""
-        kept = self.model_dump(mode="json", exclude={"repeats", "warmups", "seed", "threads"})
+        kept = self.model_dump(mode="json", exclude={"repeats", "warmups", "seed", "threads", "channels"})
         del kept["model"]["name"]
-        return digest([kept, self.counts])
+        return digest([kept, list(self.channels.values()), self.counts])
+
+    @property
+    def untraceable(self) -> str:
+        """Why nothing can be traced of it; empty where it can."""
+        engine = self.model.engine
+        return "" if engine == "native" else f"model.engine = {engine}: its heads cannot be traced; take engine: native"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -50,31 +58,32 @@ class MemorySpec(Section):
 
 
 def memory_spec(cell: Cell, site: SiteConfig) -> MemorySpec | None:
-    """What one process of a cell has in memory at `site`; None for cells that train and measure no detector.
+    """What one process of a cell has in memory at `site`; None for cells that run no detector.
 
     Args:
         cell: of any stage.
         site: where it runs; its GPUs, and how batches are parted there.
     """
-    shared = _detector_of(cell)
     if cell.stage == "measure":
         return measure_spec(cell)
-    if cell.stage not in TRAINED:
+    if cell.stage not in (*TRAINED, "features", "evaluate"):
         return None
-    training: TrainConfig = cell.config.finetune if cell.stage == "finetune" else cell.config.pretrain
+    training: TrainConfig = cell.config.pretrain if cell.arm == "unimodal" else cell.config.finetune
+    shared: dict[str, Any] = {
+        **_detector_of(cell),
+        "arm": cell.arm,
+        "chip_px": cell.config.data.chip.size_px * cell.config.data.chip.enlarge,
+        "precision": training.precision,
+        "device": training.device if training.device != "auto" else "cuda" if site.gpus else "cpu",
+        "seed": cell.config.seed,
+    }
+    if cell.stage not in TRAINED:
+        return MemorySpec(**shared, work="detect" if cell.stage == "evaluate" else "scales", batch=CHIPS_AT_ONCE)
     tasks = site.nodes * site.tasks
     processes = tasks if tasks > 1 else training.processes
-    device = training.device if training.device != "auto" else "cuda" if site.gpus else "cpu"
-    return MemorySpec(
-        **shared,
-        arm="cached" if cell.features else cell.arm,
-        chip_px=cell.config.data.chip.size_px * cell.config.data.chip.enlarge,
-        precision=training.precision,
-        device=device,
-        batch=-(-training.batch_size // processes),
-        micro_batch=site.micro_batch,
-        seed=cell.config.seed,
-    )
+    if cell.features:
+        shared["arm"] = "cached"
+    return MemorySpec(**shared, batch=-(-training.batch_size // processes), micro_batch=site.micro_batch)
 
 
 def measure_spec(cell: Cell) -> MemorySpec:

@@ -19,6 +19,9 @@ STAGE = "predict"
 GUARDED = frozenset({"pretrain", "features", "finetune", "evaluate", "measure"})
 """Stages that wait for a prediction at a site whose GPUs' memory is known."""
 
+COUNTED = ("alloc_peak_step", "live_peak_fb", "optim_state", "flops")
+"""Fields of figures that are reckoned with: whole numbers, or None."""
+
 Figures = Mapping[str, Any]
 """What `engine.memory.trace` says of a spec, or `reason`: why there is nothing."""
 
@@ -86,10 +89,25 @@ def predict_cell(config: RunConfig, cells: Sequence[Cell], fingerprint: str) -> 
 
 
 def read_predicted(paths: RunPaths) -> dict[str, Figures]:
-    """Digest -> figures of all specs that were traced for a run, by this version of the code."""
+    """Digest -> figures of all specs that were traced for a run, by this version of the code; what is none is left out.
+
+    Raises:
+        RunError: what is kept cannot be read.
+    """
     rows = [row for row in read_lines(paths.predicted) if row.get("version") == RESULT_VERSION[STAGE]]
-    kept = [row for row in rows if isinstance(row.get("digest"), str) and isinstance(row.get("figures"), dict)]
-    return {row["digest"]: cast(Figures, row["figures"]) for row in kept}
+    return {
+        row["digest"]: row["figures"] for row in rows if isinstance(row.get("digest"), str) and _are(row.get("figures"))
+    }
+
+
+def _are(figures: Any) -> bool:
+    """Whether these are figures: a peak or a reason why there is none, and numbers where there should be."""
+    if not isinstance(figures, dict):
+        return False
+    found = cast(dict[str, Any], figures)
+    told = [found.get(name) for name in COUNTED]
+    peaks = (found.get("alloc_peak_step"), found.get("live_peak_fb"), found.get("reason"))
+    return all(value is None or type(value) is int for value in told) and any(value is not None for value in peaks)
 
 
 def keep_predicted(paths: RunPaths, name: str, figures: Figures) -> None:

@@ -1,4 +1,4 @@
-"""One step of a training on samples that nobody has to read: forward and backward, then the optimizer's part."""
+"""One step on samples that nobody has to read: a training's forward and backward, then the optimizer's part; or a batch in eval mode."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rtshpc.core.config import TrainConfig
+from rtshpc.core.features import scale_shapes
 from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.data.sample import Target
 from rtshpc.engine import optim
@@ -76,14 +77,34 @@ def given_scales(
 
 def forward(detector: Detector, images: Mapping[str, Any], targets: Sequence[Target], spec: MemorySpec) -> Tensor:
     """The summed losses; `images` are scales in the arm `cached`."""
-    device = targets[0].boxes.device.type
-    context = torch.autocast(device, dtype=_AUTOCAST[spec.precision]) if spec.precision != "fp32" else nullcontext()
-    with context:
+    with autocast(targets[0].boxes.device, spec.precision):
         if spec.arm == "cached":
             losses = detector({}, targets, seeds(spec), [(spec.chip_px, spec.chip_px)] * len(targets), images)
         else:
             losses = detector(images, targets, seeds(spec))
     return torch.stack([value.float() for value in losses.values()]).sum()
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context in which a network of this precision runs; fp32 changes nothing."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+def infer(detector: Detector, images: Mapping[str, Any], spec: MemorySpec) -> None:
+    """A batch of a detector in eval mode: its instances, or the scales of its one modality as they are stored."""
+    device = next(iter(images.values())).device
+    # Not in inference mode, as stages do: there operations are not parted into those that a trace can see.
+    with torch.no_grad(), autocast(device, spec.precision):
+        if spec.work == "detect":
+            detector(images)
+            return
+        from rtshpc.model.features import Header, to_stored  # takes h5py, which nothing else here does
+
+        inputs, _ = detector.prepare(images)
+        ((name, scales),) = detector.backbone.scales(inputs, {}).items()
+        order = "HWC" if spec.model.backbone.kind == "mvit" else "CHW"
+        shapes = scale_shapes(spec.model, spec.chip_px)
+        to_stored(scales, Header(name, "fp16", order, shapes, spec.precision, "", ""))
 
 
 def step(detector: Detector, images: Mapping[str, Any], targets: Sequence[Target], spec: MemorySpec) -> None:

@@ -51,7 +51,7 @@ def plan(
     predict: bool,
     fitted: bool,
 ) -> int:
-    """Show stages, arrays and cells of a sweep, what is done, and what trainings are expected to take.
+    """Show stages, arrays and cells of a sweep, what is done, and what each cell is expected to take.
 
     Writes nothing but what --predict and --fit found out, which is kept.
     """
@@ -92,12 +92,13 @@ def measure(
     from rtshpc.core.sizing.memory import measure_spec
     from rtshpc.launch.launch import launch
     from rtshpc.launch.plan import measure_plan
+    from rtshpc.launch.plan.forecast import forecast
     from rtshpc.launch.submit import refuse_other_data
 
     found = measure_plan(resolved, Path(runs))
     refuse_other_data(found)
     if only_plan or as_scripts or as_json:
-        return show_plan(replace(found, stages=("measure",)), as_json, as_scripts)
+        return show_plan(replace(found, stages=("measure",)), as_json, as_scripts, forecast(found))
     click.echo(f"protocol: {protocol_of(measure_spec(found.measured[0])).words}")
     return launch(lambda: measure_plan(resolved, Path(runs)))
 
@@ -169,7 +170,6 @@ def show_plan(found: Plan, as_json: bool, as_scripts: bool, expected: dict[str, 
     Raises:
         UsageError: JSON and scripts are both asked for.
     """
-    from rtshpc.core.sizing.predict import GUARDED
     from rtshpc.launch.submit import scripts
 
     if as_scripts and as_json:
@@ -193,7 +193,7 @@ def show_plan(found: Plan, as_json: bool, as_scripts: bool, expected: dict[str, 
         for cell in facts["cells"]:
             if cell["stage"] == stage["stage"]:
                 mark = "done" if cell["done"] else "to do" if cell["todo"] else "-"
-                told = _expected(rows.get(cell["id"])) if cell["stage"] in GUARDED else ""
+                told = _expected(rows[cell["id"]]) if rows else ""
                 click.echo(f"  {cell['id']}  {mark:<5}  {cell['label']}{told}")
     if any(row["peak_bytes"] is not None for row in rows.values()):
         assert expected is not None
@@ -201,10 +201,10 @@ def show_plan(found: Plan, as_json: bool, as_scripts: bool, expected: dict[str, 
     return 0
 
 
-def _expected(row: dict[str, Any] | None) -> str:
-    """Peak, time of an epoch and GPU-hours of a cell, as far as they are predicted."""
-    if row is None or row["peak_bytes"] is None:
-        return ": not predicted"
+def _expected(row: dict[str, Any]) -> str:
+    """Peak, time of an epoch and GPU-hours of a cell, as far as they are predicted, else why not."""
+    if row["peak_bytes"] is None:
+        return f": not predicted ({row['reason']})"
     from rtshpc.core.sizing.predict import GIB
 
     told = [f"peak {row['peak_bytes'] / GIB:.2f} GiB"]

@@ -1,4 +1,4 @@
-"""What a sweep's trainings are expected to take: memory from traces of shapes, time from steps that were timed."""
+"""What a sweep's cells are expected to take: memory from traces of shapes, time from steps that were timed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from rtshpc.core.sizing.memory import TRAINED, MemorySpec
 from rtshpc.core.sizing.predict import GIB, Figures, Overhead, gpu_bytes, keep_predicted, read_predicted, specs_of
 from rtshpc.hpc.container import PROGRAM, command
 from rtshpc.launch.plan.sweep import Plan
+
+DURATION = ("seconds_per_epoch", "hours", "gpu_hours")
 
 
 def can_trace(site: SiteConfig) -> bool:
@@ -92,20 +94,22 @@ def predict_all(plan: Plan, trace: Tracer) -> None:
 
 
 def forecast(plan: Plan) -> dict[str, Any]:
-    """What is expected of each cell that trains or measures a detector, by what the run folder keeps.
+    """What is expected of each cell, by what the run folder keeps.
 
     Returns:
-        memory (words on what the figures hold) and cells: id -> peak_bytes, seconds_per_step and on what that rests,
-        seconds_per_epoch, hours and gpu_hours of all epochs without validation; None = not predicted.
+        memory (words on what the figures hold) and cells: id -> peak_bytes (None: `reason` says why it is not predicted),
+        seconds_per_step and on what that rests, seconds_per_epoch, hours and gpu_hours of all epochs without validation;
+        None = not predicted.
     """
     site, records, known = plan.config.site, usable_records(plan.cells, plan.done), read_predicted(plan.paths)
     extra = overhead(records, site)
     steps = timed_steps(records, site, known)
     chips = chips_to_cache(plan.config.data, plan.paths, plan.gather.id in plan.done)
-    found: dict[str, Any] = {}
+    nothing = dict.fromkeys(("peak_bytes", "seconds_per_step", "timed", *DURATION))
+    found: dict[str, Any] = {cell.id: {**nothing, "reason": "runs no detector"} for cell in plan.cells}
     for name, (spec, own) in specs_of(plan.cells, site).items():
-        figures = known.get(name, {})
-        paced = pace(spec, figures, steps)
+        figures = known.get(name, {"reason": spec.untraceable or "not traced yet, see --predict"})
+        paced = pace(spec, figures, steps) if spec.work == "train" else None
         for cell in own:
             row: dict[str, Any] = {"peak_bytes": _peak(figures, extra), "reason": figures.get("reason")}
             row |= {"seconds_per_step": paced and paced.seconds, "timed": paced and paced.source}
@@ -123,7 +127,7 @@ def _peak(figures: Figures, extra: Overhead) -> int | None:
 def _duration(cell: Cell, site: SiteConfig, chips: int, step: float | None) -> dict[str, Any]:
     """Seconds an epoch and hours of a training; of others nothing is said."""
     if cell.stage not in TRAINED or step is None:
-        return dict.fromkeys(("seconds_per_epoch", "hours", "gpu_hours"))
+        return dict.fromkeys(DURATION)
     training = cell.config.finetune if cell.stage == "finetune" else cell.config.pretrain
     epoch = step * -(-chips // training.batch_size)
     hours = epoch * training.epochs / 3600

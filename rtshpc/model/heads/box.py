@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
 
 from rtshpc.core.config import RoIConfig
 from rtshpc.fusion.recompute import chain, linear_in_rows
@@ -133,10 +132,12 @@ def choose(
         Boxes (D, 4), scores (D,), classes (D,).
     """
     sound = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
-    boxes, scores = boxes[sound], scores[sound][:, :-1]
+    whole = choices().where(sound)
+    boxes, scores = boxes[whole], scores[whole][:, :-1]
     boxes = clip(boxes.view(len(boxes), boxes.shape[1] // 4, 4), size)
-    row, kind = torch.nonzero(scores > threshold, as_tuple=True)
+    likely = choices().where((scores > threshold).flatten())
+    row, kind = likely // scores.shape[1], likely % scores.shape[1]
     picked = boxes[row, 0] if boxes.shape[1] == 1 else boxes[row, kind]
     values = scores[row, kind]
-    keep = batched_nms(picked, values, kind, nms_iou)[:most]
+    keep = choices().unsuppressed(picked, values, kind, nms_iou, most)
     return picked[keep], values[keep], kind[keep]
