@@ -184,7 +184,7 @@ def _parted(batch: int, at_once: int) -> tuple[int, int, int]:
         for weight in layers.parameters():
             weight.grad = torch.zeros_like(weight)
         rows = torch.zeros(batch, 9, 64)
-        run = Parts(spec, lambda: live.flops)
+        run = Parts(spec, layers.parameters(), lambda: live.flops)
         found = [run(lambda part=part: [layers(part)], ())[0] for part in rows.split(at_once)]
         torch.cat(found).square().sum().backward()
         del found

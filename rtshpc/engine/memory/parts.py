@@ -3,14 +3,14 @@
 Parts make the same tensors one after another, the first one first on the way forward and last on the way back. What they
 leave behind, their results, only grows on the way forward and shrinks on the way back, so that of parts of one size the
 last ones have the most beside them both times. On the way back autograd adds up the gradients of a weight apart from
-the one that is held, until the last part has given its own: three parts are one that begins these sums, one that has all of
-them beside it, and one that ends them. What is alive at once is most in these, and the earlier ones are left out but
-for their results, and for the operations that such a part takes, which lie between the beginnings of two.
+the one that is held, until the last part has given its own: of two parts one begins these sums, and the other has all of
+them beside it. What is alive at once is most in these. The earlier ones are left out but for their results, for the end of
+those sums, and for the operations that such a part takes, which lie between the beginnings of two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.fusion.recompute import recomputed
 
-RUN = 3
+RUN = 2
 """Parts of one size that are run."""
 
 Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -28,8 +28,9 @@ Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]
 class Parts:
     """In place of `recomputed` for the parts of one forward and backward pass."""
 
-    def __init__(self, spec: MemorySpec, work: Callable[[], int]) -> None:
-        """`work` tells how many operations there were."""
+    def __init__(self, spec: MemorySpec, weights: Iterable[Tensor], work: Callable[[], int]) -> None:
+        """`weights` are those of the parts; `work` tells how many operations there were."""
+        self._weights = [weight for weight in weights if weight.requires_grad]
         self._alike = spec.batch // spec.micro_batch if spec.micro_batch else 0
         self._work = work
         self._met, self._looked = 0, 0
@@ -63,16 +64,17 @@ class Parts:
             before = self._work()
             self._results = [(x.shape, x.stride(), x.dtype) for x in recomputed(function, inputs)]
             self._looked = self._work() - before
-        return list(_LeftOut.apply(torch.empty(0, requires_grad=True), self._results))
+        return list(_LeftOut.apply(self._results, *self._weights))
 
 
 class _LeftOut(torch.autograd.Function):
-    """Results of a part that is not run, where the gradient ends."""
+    """Results of a part that is not run. It gives weights no gradient, but their sums wait for it, as they do for the part."""
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, results: Sequence[Shape]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, results: Sequence[Shape], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.inputs = 1 + len(weights)
         return tuple(torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in results)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * ctx.inputs

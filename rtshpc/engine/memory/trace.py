@@ -85,7 +85,7 @@ def _train(spec: MemorySpec, kind: str) -> dict[str, Any]:
     grads = [p.grad for p in parameters if p.grad is not None]
     own = own_tensors(detector, images, targets)
     saved, live = Saved(own), Work(CUDA_BLOCK if kind == "cuda" else 1)
-    parts = Parts(spec, lambda: live.flops)
+    parts = Parts(spec, detector.backbone.parameters(), lambda: live.flops)
     with live:
         for tensor in (*own, *grads):
             live.add(tensor)
