@@ -15,8 +15,8 @@ from torch import Tensor
 
 FAST_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.float32, np.float64)
 """Types whose moments OpenCV accumulates in double precision without a copy."""
-EXACT = 2.0**52
-"""Sums of whole numbers below are exact in double precision, with a bit to spare."""
+EXACT = 2.0**50
+"""Below, a double holds a whole number, and the square of its root differs from it by less than a half."""
 CANCELLATION = 1e5
 """Above this ratio of mean square to variance the one-pass moments lose digits and are computed again in two passes."""
 
@@ -148,7 +148,7 @@ def _of_integers(channel: npt.NDArray[Any]) -> tuple[float, float]:
     """
     share = 1 / channel.size
     mean = cv2.sumElems(channel)[0] * share
-    squares = round(cv2.norm(channel, cv2.NORM_L2SQR))  # it squares a root, so the last bit may be off
+    squares = round(cv2.norm(channel, cv2.NORM_L2SQR))  # it squares a root, so the last bits may be off
     return mean, math.sqrt(max(squares * share - mean * mean, 0.0))
 
 
