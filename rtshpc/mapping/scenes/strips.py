@@ -127,9 +127,8 @@ def read_ahead(source: Generator[Item, None, None], ahead: int = AHEAD) -> Itera
         ahead: items that wait at most; one more is being made.
     """
     ready = queue.SimpleQueue[tuple[str, Item | BaseException | None]]()
-    room = queue.SimpleQueue[
-        None
-    ]()  # a word for each item that may still come; Queue's own bound costs several times as much
+    # A word for each item that may still come: a Queue with a bound of its own costs several times as much.
+    room = queue.SimpleQueue[None]()
     left = threading.Event()
     for _ in range(ahead):
         room.put(None)
