@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 
 from rtshpc.core.config import AugmentConfig, DataConfig
 from rtshpc.core.errors import DataError, unknown
-from rtshpc.core.records import SILENT, Progress, read_json
+from rtshpc.core.records import SILENT, Progress, file_sha256, read_json
 from rtshpc.data.augment import augment as augmented
 from rtshpc.data.normalise import normalise
 from rtshpc.data.sample import Sample, Target, target_of
-from rtshpc.data.shard import VALID, file_sha256, ids_of, load_plugins, record_crc
+from rtshpc.data.shard import VALID, ids_of, load_plugins, record_crc
 
 SPLITS = ("train", "val", "test")
 _LZ4 = 32004

@@ -16,8 +16,6 @@ modality's unit; `statistics/<modality>` (n, C, 5): count, mean, m2, min, max in
 
 from __future__ import annotations
 
-import hashlib
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -31,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rtshpc.core.errors import MissingExtra
-from rtshpc.core.records import replacing
+from rtshpc.core.records import file_sha256, replacing
 from rtshpc.data.normalise import Statistics
 from rtshpc.data.sample import IGNORE_ID
 
@@ -280,13 +278,6 @@ def ids_of(record: Any) -> npt.NDArray[np.int32]:
 def record_crc(record: npt.NDArray[np.uint8], classes: Sequence[int]) -> int:
     """CRC-32 of a record's bytes and its instances' classes."""
     return zlib.crc32(np.asarray(classes, dtype="<u2").tobytes(), zlib.crc32(record))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def statistics_in(path: Path, rows: Sequence[int]) -> dict[str, list[Statistics]]:

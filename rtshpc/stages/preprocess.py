@@ -14,11 +14,11 @@ from rtshpc.core.cell import Cell, digest
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Progress, append_line, read_lines, sync_folder, write_text
+from rtshpc.core.records import Progress, append_line, file_sha256, read_lines, sync_folder, write_text
 from rtshpc.core.scenes import Scene, list_scenes
 from rtshpc.data.cut import CutChip, SceneFacts, cut_scene
 from rtshpc.data.normalise import Statistics, merge
-from rtshpc.data.shard import Layout, ShardWriter, file_sha256, statistics_in
+from rtshpc.data.shard import Layout, ShardWriter, statistics_in
 from rtshpc.data.synthetic import draw_scene
 
 Entry = dict[str, Any]

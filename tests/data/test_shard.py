@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 from rtshpc.core.config import AugmentConfig, DataConfig
 from rtshpc.core.errors import DataError
 from rtshpc.core.paths import RunPaths
+from rtshpc.core.records import file_sha256
 from rtshpc.core.scenes import list_scenes
 from rtshpc.data.normalise import statistics_of
 from rtshpc.data.reader import ShardDataset, ShardFile, enlarged, read_index, verify_shards
 from rtshpc.data.sample import IGNORE_ID, boxes_of, collate
-from rtshpc.data.shard import IDS, MOST_IN_A_BYTE, VALID, Chip, Layout, ShardWriter, file_sha256, ids_of
+from rtshpc.data.shard import IDS, MOST_IN_A_BYTE, VALID, Chip, Layout, ShardWriter, ids_of
 
 Made = tuple[DataConfig, RunPaths, dict[str, Any]]
 

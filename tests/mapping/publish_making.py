@@ -17,9 +17,8 @@ from rtshpc.core.load import load_run, write_cell
 from rtshpc.core.mapping.cells import map_cells
 from rtshpc.core.mapping.ground import Ground, MapScene
 from rtshpc.core.paths import RunPaths
-from rtshpc.core.records import Record, write_json, write_record
+from rtshpc.core.records import Record, file_sha256, write_json, write_record
 from rtshpc.core.scenes import Scene
-from rtshpc.data.shard import file_sha256
 from rtshpc.mapping.attributes import Origin, describe
 from rtshpc.mapping.features import write_features
 from rtshpc.mapping.mosaic import MapInstance

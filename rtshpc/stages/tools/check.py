@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from rich.table import Table
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import DataError, RtshpcError, SceneRejected
 from rtshpc.core.load import load_data
+from rtshpc.core.records import file_sha256
 from rtshpc.core.scenes import RASTER_SUFFIXES, Scene, list_scenes
 from rtshpc.geo.crs import Finding, georeference
 from rtshpc.geo.judge import Verdict, label_findings, pixels_key, raster_findings, verdict
@@ -191,8 +191,8 @@ def _key(path: Path, by_pixels: bool, known: dict[tuple[Path, bool], Any]) -> An
     if (path, by_pixels) not in known:
         key: Any = pixels_key(path) if by_pixels else None
         if not by_pixels:
-            with suppress(OSError), path.open("rb") as file:
-                key = hashlib.file_digest(file, "sha256").hexdigest()
+            with suppress(OSError):
+                key = file_sha256(path)
         known[path, by_pixels] = (path,) if key is None else key
     return known[path, by_pixels]
 
