@@ -51,7 +51,8 @@ def watch(login: Login) -> Watch:
 
 @pytest.fixture
 def full(lab: Lab) -> Generator[None]:
-    """No node takes a job while the test goes on."""
+    """No node takes a job while the test goes on; what other tests left behind is over."""
+    lab.wait_until_empty(60)
     lab("scontrol", "update", f"NodeName={','.join(NODES)}", "State=DRAIN", "Reason=test")
     yield
     lab("scontrol", "update", f"NodeName={','.join(NODES)}", "State=RESUME")
