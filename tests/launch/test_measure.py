@@ -46,12 +46,13 @@ def test_a_plan_of_measuring_shows_its_cells_alone_and_writes_nothing(launcher: 
 def test_a_measurement_on_a_fake_driver_is_done_but_shown_nowhere(
     launcher: Launcher, fake_nvml: dict[str, Path]
 ) -> None:
-    sets = ("--set", "measure.modality_sets=[[rgb]]", "--set", "measure.chip_px=64", "--set", "measure.precision=fp32")
+    values = ("measure.modality_sets=[[rgb]]", "measure.chip_px=64", "measure.precision=fp32", "site.gpus=1")
+    sets = [word for one in values for word in ("--set", one)]
     answer = launcher.run("measure", *sets, LD_LIBRARY_PATH=str(fake_nvml["current"]))
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "protocol: 64 px chip, fp32, batch 1, 1 warm-up, caches emptied, 1 measured, seed 0" in answer.stdout
     assert "refused: backend = fake" in answer.stdout and "Memory of a training step" not in answer.stdout
-    plan = measure_plan(load_run(launcher.sweep, sets[1::2]), launcher.runs)
+    plan = measure_plan(load_run(launcher.sweep, values), launcher.runs)
     record = read_record(plan.paths.cell(plan.measured[0].id).record)
     assert plan.todo == [] and record is not None and record.results["energy_joules"] > 0
     assert headline(record).startswith("refused") and tables(plan.cells, plan.paths) == []
