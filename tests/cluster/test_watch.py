@@ -76,8 +76,10 @@ def test_waiting_cells_say_why_a_second_launcher_leaves_them_and_cancel_takes_al
     assert sent.returncode == 0, sent.stderr
     cells = watch.told("status")["cells"]
     assert {cell["state"] for cell in cells} == {"submitted"}
-    reasons = {cell["stage"]: cell["reason"] for cell in cells}
-    assert "waits for the cells it builds on (Dependency)" in reasons["gather"]
+    gather = next(cell["id"] for cell in cells if cell["stage"] == "gather")
+    dependency = "waits for the cells it builds on (Dependency)"
+    # Until Slurm's scheduler has looked at it, the reason is that no node takes a job.
+    wait_for("Slurm says what gather waits for", lambda: dependency in watch.cell(gather)["reason"], 60)
     assert all(cell["limit_seconds"] == 600 and cell["job"] for cell in cells)
     again = watch.login("sweep", "--site", "lab")
     assert f"0 cells submitted, {len(cells)} are with Slurm already" in again.stdout
