@@ -19,21 +19,24 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from rtshpc.core.config import DataConfig, ModalityConfig
-from rtshpc.core.errors import SceneRejected, guess
+from rtshpc.core.errors import SceneRejected
 from rtshpc.core.modality import Expression
 from rtshpc.geo.crs import Six
 from rtshpc.geo.raster import (
     Grid,
     Mask,
+    find_bands,
     has_mask,
     invalid,
     read_error,
     read_window,
+    scaling,
+    swapped_colours,
 )
 
 EXACT_PX = 0.01
 """Grids that differ by less are the same: writers round their transforms."""
-_RGB = ["red", "green", "blue"]
+
 
 FUNCTIONS: Mapping[str, Any] = {
     "min": np.minimum,
@@ -261,77 +264,6 @@ def values_of(bound: Bound, pixels: NDArray[Any], at: list[int], valid: Mask) ->
         low, high = low - 1e-9 * abs(low), high + 1e-9 * abs(high)
         valid = valid & ((values >= low) & (values <= high)).all(axis=0)
     return values, valid
-
-
-def band_names(dataset: DatasetReader, given: Sequence[str] = ()) -> list[str]:
-    """Name of each band: `given`, else the file's description, else its colour, else its number.
-
-    Raises:
-        SceneRejected: `missing_band`, when `given` has more names than the file has bands.
-    """
-    if len(given) > dataset.count:
-        detail = f"{Path(dataset.name).name} has {dataset.count} bands, band_names lists {len(given)}"
-        raise SceneRejected("missing_band", detail)
-    names: list[str] = []
-    for index, (description, colour) in enumerate(zip(dataset.descriptions, dataset.colorinterp, strict=True)):
-        if index < len(given):
-            names.append(given[index])
-        elif description:
-            names.append(description)
-        elif colour in (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha):
-            names.append(colour.name)
-        else:
-            names.append(str(index + 1))
-    return names
-
-
-def find_bands(dataset: DatasetReader, wanted: Sequence[str], given: Sequence[str] = ()) -> tuple[int, ...]:
-    """1-based indexes of the bands called as in `wanted` (case does not matter), or of those numbers.
-
-    Raises:
-        SceneRejected: `missing_band`: there is none, there are two, or it is the alpha band.
-    """
-    names = [name.lower() for name in band_names(dataset, given)]
-    return tuple(_find_band(dataset, band, names) for band in wanted)
-
-
-def _find_band(dataset: DatasetReader, wanted: str, names: list[str]) -> int:
-    file = Path(dataset.name).name
-    found = [index for index, name in enumerate(names, 1) if name == wanted.lower()]
-    if not found and wanted.isdigit() and 1 <= int(wanted) <= dataset.count:
-        found = [int(wanted)]
-    if len(found) != 1:
-        what = (
-            f'has no band "{wanted}".{guess(wanted, names)}'
-            if not found
-            else f'has {len(found)} bands called "{wanted}"'
-        )
-        raise SceneRejected("missing_band", f"{file} {what}")
-    if dataset.colorinterp[found[0] - 1] == ColorInterp.alpha:
-        raise SceneRejected("missing_band", f'{file}: band "{wanted}" is an alpha band (validity), not a measurement')
-    return found[0]
-
-
-def swapped_colours(dataset: DatasetReader, indexes: Sequence[int]) -> str:
-    """What is wrong with taking the 1-based bands `indexes` by number: colours out of the order red, green, blue."""
-    stored = [colour.name for colour in dataset.colorinterp]
-    taken = [stored[index - 1] for index in indexes if stored[index - 1] in _RGB]
-    if any(dataset.descriptions) or len(taken) < 2 or taken == [name for name in _RGB if name in taken]:
-        return ""
-    return f"{Path(dataset.name).name}: bands are stored as {', '.join(stored)}; taken by number, red is blue"
-
-
-def scaling(dataset: DatasetReader, index: int) -> tuple[float, float]:
-    """(scale, offset) of a band: physical = stored * scale + offset. Both default to (1, 0); a scale of 0 is none.
-
-    Raises:
-        SceneRejected: `bad_scale`, where one of them is no finite number.
-    """
-    scale, offset = float(dataset.scales[index - 1]), float(dataset.offsets[index - 1])
-    if not math.isfinite(scale) or not math.isfinite(offset):
-        detail = f"{Path(dataset.name).name}: band {index} has scale {scale:g}, offset {offset:g}"
-        raise SceneRejected("bad_scale", detail)
-    return scale or 1.0, offset
 
 
 def bind(name: str, modality: ModalityConfig, data: DataConfig, dataset: Any, layer: Layer) -> Bound:

@@ -18,11 +18,11 @@ from rasterio.io import DatasetReader
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.scenes import Scene
-from rtshpc.geo.align import band_names, scaling, swapped_colours
 from rtshpc.geo.crs import Finding, contradictions, fragment, georeference, is_inverted
 from rtshpc.geo.raster import (
     FLOAT_LIMIT,
     MAX_PIXELS,
+    band_names,
     has_mask,
     invalid,
     open_raster,
@@ -30,6 +30,8 @@ from rtshpc.geo.raster import (
     read_window,
     reading,
     rejecting,
+    scaling,
+    swapped_colours,
     windows,
 )
 from rtshpc.geo.scene import open_scene

@@ -14,9 +14,9 @@ from rasterio.enums import ColorInterp
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.scenes import Scene
-from rtshpc.geo.align import EXACT_PX, Layer, find_bands
+from rtshpc.geo.align import EXACT_PX, Layer
 from rtshpc.geo.instances import InstanceMap, burn, drop_small, from_raster, rasterise
-from rtshpc.geo.raster import Grid, Mask, invalid, open_raster, read_window, windows
+from rtshpc.geo.raster import Grid, Mask, find_bands, invalid, open_raster, read_window, windows
 from rtshpc.geo.vector import read_polygons
 
 _FEWEST_COVERED = 0.01

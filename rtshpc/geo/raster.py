@@ -1,17 +1,14 @@
-"""Opening rasters safely, their grid and which of their pixels are valid."""
+"""Opening rasters safely, their grid, their bands and which of their pixels are valid."""
 
 from __future__ import annotations
 
 import math
-import os
 import stat
 import struct
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,12 @@ import rasterio
 import shapely
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
-from rasterio.enums import MaskFlags
-from rasterio.env import getenv, hasenv, setenv
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from rtshpc.core.errors import RtshpcError, SceneRejected
+from rtshpc.core.errors import RtshpcError, SceneRejected, guess
 from rtshpc.core.scenes import VIRTUAL
 
 Mask = NDArray[np.bool_]
@@ -38,10 +34,7 @@ _BOMB_BYTES = 1 << 26
 _BOMB_RATIO = 20_000
 FLOAT_LIMIT = 3.4028234e38
 """Nodata beyond is compared with tolerance, for writers round the limit of the type."""
-
-_PLAIN = (".tif", ".tiff", ".csv", ".geojson", ".gpkg")
-"""Names that GDAL gives to nothing which it reads beside a TIFF: masks, overviews, world files, metadata."""
-_SETTLED_NS = 2 * 10**9
+_RGB = ["red", "green", "blue"]
 
 _MAGIC = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file", b"%PDF": "a PDF", b"\x89HDF": "an HDF5 file"}
 
@@ -105,12 +98,13 @@ def open_raster(path: Path | str, max_pixels: int = MAX_PIXELS) -> DatasetReader
     """
     virtual = str(path).startswith(VIRTUAL)
     name, path = str(path), Path(path)
-    tiff = not virtual and sniff(path)
+    if not virtual:
+        sniff(path)
     try:
         with warnings.catch_warnings():
             # A missing georeference is judged by georeference().
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            dataset = _opened(name, alone=tiff and _only_plain(path.parent))
+            dataset = rasterio.open(name)
     except (RasterioError, ValueError, MemoryError, OverflowError) as error:
         text = " ".join(str(error).split())
         reason = "missing_codec" if "codec" in text or "compress" in text.lower() else "unreadable"
@@ -121,33 +115,6 @@ def open_raster(path: Path | str, max_pixels: int = MAX_PIXELS) -> DatasetReader
         dataset.close()
         raise
     return dataset
-
-
-def _opened(name: str, alone: bool) -> DatasetReader:
-    """The data set; where nothing lies beside the file GDAL, which is in `reading`, need not look for it.
-
-    A dozen names are tried else, as much work as reading the header.
-    """
-    if not (alone and hasenv() and getenv().get("GDAL_DISABLE_READDIR_ON_OPEN") == "TRUE"):
-        return rasterio.open(name)
-    setenv(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR")
-    try:
-        return rasterio.open(name)
-    finally:
-        setenv(GDAL_DISABLE_READDIR_ON_OPEN="TRUE")
-
-
-def _only_plain(folder: Path) -> bool:
-    """Whether a folder holds folders and files of the names `_PLAIN` alone."""
-    changed = folder.stat().st_mtime_ns
-    # What changed just now may change again without another time.
-    return time.time_ns() - changed > _SETTLED_NS and _listed(str(folder), changed)
-
-
-@lru_cache(maxsize=64)
-def _listed(folder: str, changed_ns: int) -> bool:
-    with os.scandir(folder) as entries:
-        return all(entry.name.lower().endswith(_PLAIN) or entry.is_dir() for entry in entries)
 
 
 def _head(path: Path) -> bytes:
@@ -180,24 +147,20 @@ def sniff_text(path: Path) -> None:
     _head(path)
 
 
-def sniff(path: Path) -> bool:
+def sniff(path: Path) -> None:
     """Tell what a file that is no raster really is.
-
-    Returns:
-        Whether it begins as a TIFF does.
 
     Raises:
         SceneRejected: `missing_file`, `empty_file`, `lfs_pointer` or `not_a_raster`.
     """
     start = _head(path)
     if start.startswith(b"<vrtdataset"):
-        return False
+        return
     if start.startswith((b"<?xml", b"<", b"{", b"[")):
         raise SceneRejected("not_a_raster", f"{path.name} is text: {start[:60].decode('latin-1').strip()!r}")
     for magic, name in _MAGIC.items():
         if start.startswith(magic.lower()) and path.suffix.lower() in (".tif", ".tiff"):
             raise SceneRejected("not_a_raster", f"{path.name} is {name}")
-    return start.startswith((b"ii", b"mm"))
 
 
 def _guard(dataset: DatasetReader, path: Path | None, max_pixels: int) -> None:
@@ -261,6 +224,77 @@ def windows(dataset: DatasetReader, rows: int = 1024, cols: int = 8192) -> Itera
     for row in range(0, dataset.height, step_rows):
         for col in range(0, dataset.width, step_cols):
             yield Window(col, row, min(step_cols, dataset.width - col), min(step_rows, dataset.height - row))  # pyright: ignore[reportCallIssue]
+
+
+def band_names(dataset: DatasetReader, given: Sequence[str] = ()) -> list[str]:
+    """Name of each band: `given`, else the file's description, else its colour, else its number.
+
+    Raises:
+        SceneRejected: `missing_band`, when `given` has more names than the file has bands.
+    """
+    if len(given) > dataset.count:
+        detail = f"{Path(dataset.name).name} has {dataset.count} bands, band_names lists {len(given)}"
+        raise SceneRejected("missing_band", detail)
+    names: list[str] = []
+    for index, (description, colour) in enumerate(zip(dataset.descriptions, dataset.colorinterp, strict=True)):
+        if index < len(given):
+            names.append(given[index])
+        elif description:
+            names.append(description)
+        elif colour in (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha):
+            names.append(colour.name)
+        else:
+            names.append(str(index + 1))
+    return names
+
+
+def find_bands(dataset: DatasetReader, wanted: Sequence[str], given: Sequence[str] = ()) -> tuple[int, ...]:
+    """1-based indexes of the bands called as in `wanted` (case does not matter), or of those numbers.
+
+    Raises:
+        SceneRejected: `missing_band`: there is none, there are two, or it is the alpha band.
+    """
+    names = [name.lower() for name in band_names(dataset, given)]
+    return tuple(_find_band(dataset, band, names) for band in wanted)
+
+
+def _find_band(dataset: DatasetReader, wanted: str, names: list[str]) -> int:
+    file = Path(dataset.name).name
+    found = [index for index, name in enumerate(names, 1) if name == wanted.lower()]
+    if not found and wanted.isdigit() and 1 <= int(wanted) <= dataset.count:
+        found = [int(wanted)]
+    if len(found) != 1:
+        what = (
+            f'has no band "{wanted}".{guess(wanted, names)}'
+            if not found
+            else f'has {len(found)} bands called "{wanted}"'
+        )
+        raise SceneRejected("missing_band", f"{file} {what}")
+    if dataset.colorinterp[found[0] - 1] == ColorInterp.alpha:
+        raise SceneRejected("missing_band", f'{file}: band "{wanted}" is an alpha band (validity), not a measurement')
+    return found[0]
+
+
+def swapped_colours(dataset: DatasetReader, indexes: Sequence[int]) -> str:
+    """What is wrong with taking the 1-based bands `indexes` by number: colours out of the order red, green, blue."""
+    stored = [colour.name for colour in dataset.colorinterp]
+    taken = [stored[index - 1] for index in indexes if stored[index - 1] in _RGB]
+    if any(dataset.descriptions) or len(taken) < 2 or taken == [name for name in _RGB if name in taken]:
+        return ""
+    return f"{Path(dataset.name).name}: bands are stored as {', '.join(stored)}; taken by number, red is blue"
+
+
+def scaling(dataset: DatasetReader, index: int) -> tuple[float, float]:
+    """(scale, offset) of a band: physical = stored * scale + offset. Both default to (1, 0); a scale of 0 is none.
+
+    Raises:
+        SceneRejected: `bad_scale`, where one of them is no finite number.
+    """
+    scale, offset = float(dataset.scales[index - 1]), float(dataset.offsets[index - 1])
+    if not math.isfinite(scale) or not math.isfinite(offset):
+        detail = f"{Path(dataset.name).name}: band {index} has scale {scale:g}, offset {offset:g}"
+        raise SceneRejected("bad_scale", detail)
+    return scale or 1.0, offset
 
 
 def has_mask(dataset: DatasetReader) -> bool:

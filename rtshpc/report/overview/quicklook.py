@@ -19,9 +19,9 @@ from rtshpc.core.errors import SceneRejected
 from rtshpc.core.modality import Expression
 from rtshpc.core.records import replacing
 from rtshpc.core.scenes import Scene
-from rtshpc.geo.align import find_bands, upright, valid_in
+from rtshpc.geo.align import upright, valid_in
 from rtshpc.geo.crs import trusted_grid
-from rtshpc.geo.raster import Mask, has_mask, invalid, open_raster, rejecting
+from rtshpc.geo.raster import Mask, find_bands, has_mask, invalid, open_raster, rejecting
 from rtshpc.report.gallery import stretch
 
 LONGEST_PX = 400
