@@ -172,7 +172,7 @@ def _globbed(data: DataConfig) -> list[Scene]:
     pattern = data.scenes.glob
     try:
         found = sorted(path for path in root.glob(pattern) if path.suffix.lower() in RASTER_SUFFIXES and path.is_file())
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # what pathlib raises for an absolute or an empty pattern
         raise ConfigError(f'scenes.glob = "{pattern}" is no pattern relative to data.root: {error}') from None
     if not found:
         raise DataError(

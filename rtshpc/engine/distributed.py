@@ -1,4 +1,4 @@
-"""Processes of one training: starting them, averaging over them, and stopping them together."""
+"""Processes of one training: starting them, each on its device and in its precision, averaging over them, and stopping them together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -115,6 +115,10 @@ class Group:
                     dist.broadcast(buffer, 0)
 
 
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of autocast."""
+
+
 def choose_device(wanted: str, rank: int = 0) -> torch.device:
     """The device of a process: `auto` takes a GPU where one is visible.
 
@@ -129,6 +133,11 @@ def choose_device(wanted: str, rank: int = 0) -> torch.device:
     if count == 0:
         return torch.device("cpu")
     return torch.device("cuda", rank % count)
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context in which a network of this precision runs; fp32 changes nothing."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=HALF_TYPES[precision])
 
 
 class StopFlag:

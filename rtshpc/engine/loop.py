@@ -26,9 +26,9 @@ from rtshpc.data.reader import ShardDataset
 from rtshpc.engine import checkpoint, optim
 from rtshpc.engine.checkpoint import Checkpoints, Journal, Position
 from rtshpc.engine.detectors import sources, stored_scales
-from rtshpc.engine.distributed import Group, Preempted, run_group, stop_requests
+from rtshpc.engine.distributed import Group, Preempted, autocast, run_group, stop_requests
 from rtshpc.engine.feed import TrainBatch, batches, derive_seed, plan_steps, steps_per_epoch
-from rtshpc.engine.predict import autocast, predict
+from rtshpc.engine.predict import predict
 from rtshpc.engine.scoring import quick_score
 from rtshpc.model.detector import Detector
 from rtshpc.model.weights import load_trainable, trainable_state

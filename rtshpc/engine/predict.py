@@ -18,7 +18,7 @@ from rtshpc.core.errors import SceneRejected
 from rtshpc.core.features import CHIPS_AT_ONCE
 from rtshpc.data.reader import ShardDataset
 from rtshpc.data.sample import Batch, Sample, collate
-from rtshpc.engine.memory.step import autocast
+from rtshpc.engine.distributed import autocast
 from rtshpc.engine.scoring import ImageResult, Regions, Rle
 from rtshpc.geo.crs import resolution_m, to_lonlat
 from rtshpc.model.detections import Detections

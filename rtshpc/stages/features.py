@@ -22,9 +22,8 @@ from rtshpc.core.records import Progress, append_line, file_sha256, read_json, r
 from rtshpc.data.augment import geometry_of, turn
 from rtshpc.data.reader import ShardDataset, read_index
 from rtshpc.engine.detectors import on_backbones, record_sha256
-from rtshpc.engine.distributed import choose_device
+from rtshpc.engine.distributed import autocast, choose_device
 from rtshpc.engine.nearby import near
-from rtshpc.engine.predict import autocast
 from rtshpc.model.detector import Detector
 from rtshpc.model.features import Header, to_stored, write_part
 

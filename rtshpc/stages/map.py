@@ -21,8 +21,7 @@ from rtshpc.core.scenes import VIRTUAL
 from rtshpc.data.normalise import normalise
 from rtshpc.data.reader import enlarged_image
 from rtshpc.engine.detectors import mapping_detector
-from rtshpc.engine.distributed import choose_device
-from rtshpc.engine.predict import autocast
+from rtshpc.engine.distributed import autocast, choose_device
 from rtshpc.geo.chips import ChipBox
 from rtshpc.geo.scene import ChipPixels
 from rtshpc.mapping.layout import Layout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from math import ceil, sqrt
 from typing import Any
 
@@ -15,12 +14,11 @@ from rtshpc.core.features import scale_shapes
 from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.data.sample import Target
 from rtshpc.engine import optim
+from rtshpc.engine.distributed import HALF_TYPES, autocast
 from rtshpc.model.detector import DIVISOR, Detector
 
 INSTANCES = 9
 """Slumps of a sample that are enough for the mask head to see something."""
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sample(spec: MemorySpec, device: torch.device) -> tuple[dict[str, Tensor], list[Target]]:
@@ -63,7 +61,7 @@ def given_scales(
     Layer norms give 16 bits under autocast on CPUs, 32 on GPUs: as on `kind` (cpu or cuda), else as on `device`.
     """
     generator = torch.Generator().manual_seed(spec.seed)
-    dtype = torch.float32 if (kind or device.type) == "cuda" else _AUTOCAST.get(spec.precision, torch.float32)
+    dtype = torch.float32 if (kind or device.type) == "cuda" else HALF_TYPES.get(spec.precision, torch.float32)
     side = spec.chip_px + -spec.chip_px % DIVISOR
     shapes = [
         (spec.batch, getattr(detector.backbone, f"fpn_lateral{level}").in_channels, *[side // 2**level] * 2)
@@ -83,11 +81,6 @@ def forward(detector: Detector, images: Mapping[str, Any], targets: Sequence[Tar
         else:
             losses = detector(images, targets, seeds(spec))
     return torch.stack([value.float() for value in losses.values()]).sum()
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """The context in which a network of this precision runs; fp32 changes nothing."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
 def infer(detector: Detector, images: Mapping[str, Any], spec: MemorySpec) -> None:
