@@ -44,8 +44,8 @@ RESULT_VERSION = {
     "evaluate": 1,
     "measure": 2,
     "summarise": 1,
-    "map": 1,
-    "merge": 1,
+    "map": 2,
+    "merge": 2,
     "publish": 1,
     "scale": 1,
 }

@@ -20,6 +20,7 @@ from typing import Any
 
 from rtshpc.core.paths import CellPaths, RunPaths
 from rtshpc.core.records import append_line, read_lines
+from rtshpc.core.sizing.measured import peak_rss
 from rtshpc.hpc.site import node_name, place_in_step
 
 LOST = "lost"
@@ -102,7 +103,7 @@ def end(folder: CellPaths, number: int, how: str) -> None:
         "attempt": number,
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "how": how,
-        "peak_bytes": max(own.ru_maxrss, children.ru_maxrss) * 1024,
+        "peak_bytes": max(peak_rss(), children.ru_maxrss * 1024),
         # Of the tasks of a training this one alone writes here; the others have worked as much.
         "cpu_s": round(
             (place.size if place else 1) * (own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime), 1

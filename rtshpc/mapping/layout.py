@@ -14,6 +14,10 @@ LEAST_OVERLAP = 2
 """px. The seam of two cores runs through the middle of the overlap, so that each chip sees at least one px beyond its
 own core: two px that touch across a seam are then both seen by both chips, which is what joining needs."""
 
+TALL = 4
+"""A block is read from the top, and its width is what takes memory. A file's tiles under an edge of two blocks are read
+twice: of two blocks of one area and of one width, those that are taller have fewer edges."""
+
 
 class LayoutError(RtshpcError):
     """A scene cannot be cut like this."""
@@ -81,17 +85,17 @@ class Layout:
         return (bisect_right(self.row_seams, row) - 1) * len(self.cols) + bisect_right(self.col_seams, col) - 1
 
     def blocks(self, block_px: int) -> list[list[int]]:
-        """The chips in blocks of at most `block_px` px a side (at least one chip), each row by row.
+        """The chips in blocks of at most `block_px` px across and `TALL` times as many down (at least one chip), each row by row.
 
         Blocks are of nearly equal numbers of chips; every chip is in exactly one.
         """
         step = self.size - self.overlap
-        most = max(1, (block_px - self.overlap) // step)
         across = len(self.cols)
+        wide, high = (max(1, (most - self.overlap) // step) for most in (block_px, TALL * block_px))
         return [
             [row * across + col for row in rows for col in cols]
-            for rows in _parts(len(self.rows), most)
-            for cols in _parts(across, most)
+            for rows in _parts(len(self.rows), high)
+            for cols in _parts(across, wide)
         ]
 
 

@@ -24,7 +24,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rtshpc.mapping.layout import Layout
-from rtshpc.mapping.pieces import Mask, Piece, tight
+from rtshpc.mapping.pieces import Mask, Piece, boxes_of, tight
 
 Box = tuple[int, int, int, int]
 """Top, left, bottom, right; px, half open."""
@@ -141,14 +141,12 @@ class _Views:
         scene = np.repeat(np.arange(len(scenes)), np.diff(ends))
         chip = np.array([piece.chip for piece in pieces], np.int64)
         shift = grounds[scene, :2]
-        corner = np.array([[piece.row for piece in pieces], [piece.col for piece in pieces]], np.int64).T + shift
-        sides = np.array([piece.mask.shape for piece in pieces], np.int64).reshape(-1, 2)
-        box = np.hstack([corner, corner + sides])
+        place = np.hstack([shift, shift])
+        box = boxes_of(pieces) + place
         core, around, seen = np.empty_like(box), np.empty_like(box), np.empty_like(box)
         for number, placed in enumerate(scenes):
             mine = slice(ends[number], ends[number + 1])
             core[mine], around[mine], seen[mine] = _cuts(placed.layout, chip[mine])
-        place = np.hstack([shift, shift])
         seen = _common(seen + place, grounds[scene])
         own, own_box = _owned(pieces, box, _common(box, core + place))
         kept = np.array([mask is not None for mask in own], np.bool_)

@@ -10,30 +10,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from rtshpc.mapping.pieces import Mask
+from rtshpc.mapping.pieces import Mask, Placed, boxes_of
 
 _CANVAS_PX = 1 << 18
 """px of one canvas: small enough for a processor's cache, large enough for numpy's cost of a call not to matter."""
 
 Ints = NDArray[np.int64]
-
-
-class Placed(Protocol):
-    """A mask whose px (0, 0) is (row, col) of a lattice."""
-
-    @property
-    def row(self) -> int: ...
-    @property
-    def col(self) -> int: ...
-    @property
-    def mask(self) -> Mask: ...
 
 
 def outlines(instances: Sequence[Placed], transform: Sequence[float]) -> list[Any]:
@@ -44,20 +33,21 @@ def outlines(instances: Sequence[Placed], transform: Sequence[float]) -> list[An
         transform: of the lattice, (a, b, c, d, e, f): x = a col + b row + c, y = d col + e row + f; any CRS.
     """
     found: list[Any] = [None] * len(instances)
-    for batch in _batches(instances):
-        for index, shape in zip(batch, _draw([instances[index] for index in batch], transform), strict=True):
+    boxes = boxes_of(instances)
+    corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    for batch in _batches(sides):
+        shapes = _draw([instances[index].mask for index in batch], corners[batch], sides[batch], transform)
+        for index, shape in zip(batch, shapes, strict=True):
             found[index] = shape
     return found
 
 
-def _batches(instances: Sequence[Placed]) -> Iterator[list[int]]:
-    """Indices of masks of nearly equal width that fill one canvas, or of one mask that is larger."""
-    shapes = [one.mask.shape for one in instances]
-    widths = np.array([width for _, width in shapes])
+def _batches(sides: Ints) -> Iterator[list[int]]:
+    """Indices of masks of nearly equal width that fill one canvas, or of one mask that is larger; `sides` are (n, 2)."""
     batch: list[int] = []
     rows = 0
-    for index in np.argsort(widths, kind="stable").tolist():
-        height, width = shapes[index]
+    order = np.argsort(sides[:, 1], kind="stable")
+    for index, (height, width) in zip(order.tolist(), sides[order].tolist(), strict=True):
         if batch and (rows + height + 1) * (width + 2) > _CANVAS_PX:
             yield batch
             batch, rows = [], 0
@@ -67,14 +57,16 @@ def _batches(instances: Sequence[Placed]) -> Iterator[list[int]]:
         yield batch
 
 
-def _draw(instances: Sequence[Placed], transform: Sequence[float]) -> list[Any]:
-    """The outlines of the masks of one canvas."""
-    corner = np.array([(one.row, one.col) for one in instances])
-    heights, widths = np.array([one.mask.shape for one in instances]).T
+def _draw(masks: Sequence[Mask], corner: Ints, sides: Ints, transform: Sequence[float]) -> list[Any]:
+    """The outlines of the masks of one canvas; `corner` (n, 2) are their places on the lattice, `sides` (n, 2) their shapes."""
+    heights, widths = sides.T
     first = np.concatenate([[1], 1 + np.cumsum(heights + 1)])
-    canvas = np.zeros((int(first[-1]), int(widths.max()) + 2), np.uint8)
-    for top, one in zip(first.tolist(), instances, strict=False):
-        canvas[top : top + one.mask.shape[0], 1 : one.mask.shape[1] + 1] = one.mask
+    drawn = np.zeros((int(first[-1]), int(widths.max()) + 2), np.bool_)
+    for top, bottom, right, mask in zip(
+        first.tolist(), (first[:-1] + heights).tolist(), (widths + 1).tolist(), masks, strict=False
+    ):
+        drawn[top:bottom, 1:right] = mask
+    canvas = drawn.view(np.uint8)
     rows, cols, sizes = _rings(canvas)
     ends = np.cumsum(sizes)
     begins = ends - sizes
@@ -93,7 +85,7 @@ def _draw(instances: Sequence[Placed], transform: Sequence[float]) -> list[Any]:
     rings: Any = shapely.linearrings(points, indices=np.repeat(np.arange(len(sizes)), sizes))
     order = np.lexsort((twice < 0, polygon_of))
     polygons: Any = shapely.polygons(rings[order], indices=polygon_of[order])
-    parts = np.bincount(owner[twice > 0], minlength=len(instances))
+    parts = np.bincount(owner[twice > 0], minlength=len(masks))
     ends = np.cumsum(parts)
     return [
         polygons[end - 1] if count == 1 else shapely.multipolygons(polygons[end - count : end])

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -61,6 +61,25 @@ def piece(chip: int, box: ChipBox, mask: NDArray[Any], score: float, kind: int) 
         return None
     row, col, cropped = found
     return Piece(chip, box.row + row, box.col + col, cropped.copy(), float(score), int(kind))
+
+
+class Placed(Protocol):
+    """A mask whose px (0, 0) is (row, col) of a lattice."""
+
+    @property
+    def row(self) -> int: ...
+    @property
+    def col(self) -> int: ...
+    @property
+    def mask(self) -> Mask: ...
+
+
+def boxes_of(placed: Sequence[Placed]) -> NDArray[np.int64]:
+    """(n, 4) top, left, bottom, right of masks on their lattice, px, half open."""
+    sides = (side for one in placed for side in (one.row, one.col, *one.mask.shape))
+    boxes = np.fromiter(sides, np.int64, 4 * len(placed)).reshape(-1, 4)  # np.array of tuples takes four times as long
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
 
 
 def tight(mask: Mask) -> tuple[int, int, Mask] | None:

@@ -181,7 +181,9 @@ def ready_chips(
     wanted = {
         name: config.data.modalities[name] for name in dict.fromkeys((config.data.primary, *config.map.modalities))
     }
-    data = config.data.model_copy(update={"modalities": wanted})
+    # How much of the scene is valid is known once all its blocks are mapped: to look at a hundredth of it in every block
+    # would be to read all of a scene of a hundred blocks once more.
+    data = config.data.model_copy(update={"modalities": wanted, "min_valid_fraction": 0.0})
     source = strips(scene.scene, ground, layout, chips, data, facts)
     with read_ahead(_made_ready(source, layout, config, facts), READY) as ready:
         yield from ready

@@ -41,7 +41,8 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
         RunError: pieces of a block are missing or damaged.
     """
     inputs = inputs_of(cell, paths)
-    states = [_state(scene, records) for scene, records in _blocks(cell, paths)]
+    least = cell.config.data.min_valid_fraction
+    states = [_state(scene, records, least) for scene, records in _blocks(cell, paths)]
     mapped = [scene for scene, state in zip(cell.scenes, states, strict=True) if state["state"] == "mapped"]
     told = {"inputs": inputs, "scenes": states, "instances": 0, "pieces": 0, "notes": [], "files": []}
     if not mapped:
@@ -82,8 +83,10 @@ def _blocks(cell: Cell, paths: RunPaths) -> list[tuple[MapScene, list[Record | N
     return [(scene, [next(records) for _ in range(scene.blocks)]) for scene in cell.scenes]
 
 
-def _state(scene: MapScene, records: Sequence[Record | None]) -> State:
+def _state(scene: MapScene, records: Sequence[Record | None], least: float) -> State:
     """What became of a scene: `mapped`, `rejected` (reason, detail) or `failed` (a block has no record).
+
+    A scene of which a smaller share than `least` is valid is rejected as in training.
 
     With it: scene, site, date, image, `ground` (null where its header was refused), chips, empty, valid_px, warnings,
     missing, and the ids of the cells of its blocks where it is mapped.
@@ -92,10 +95,13 @@ def _state(scene: MapScene, records: Sequence[Record | None]) -> State:
     refused = next((one["rejected"] for one in results if one["rejected"] is not None), None)
     lost = len(records) - len(results)
     state, why = "mapped", {"reason": "", "detail": ""}
+    counts = {key: sum(int(one[key]) for one in results) for key in ("chips", "empty", "valid_px")}
     if refused is not None:
         state, why = "rejected", refused
     elif lost:
         state, why = "failed", {"reason": "failed", "detail": f"{lost} of {len(records)} blocks failed; see `status`"}
+    elif (share := counts["valid_px"] / (_known(scene).height * _known(scene).width)) < least:
+        state, why = "rejected", {"reason": "almost_empty", "detail": f"{scene.scene.id}: {share:.2%} of it is valid"}
     return {
         "scene": scene.scene.id,
         "site": scene.scene.site,
@@ -104,7 +110,7 @@ def _state(scene: MapScene, records: Sequence[Record | None]) -> State:
         "ground": None if scene.ground is None else scene.ground.model_dump(mode="json"),
         "state": state,
         **why,
-        **{key: sum(int(one[key]) for one in results) for key in ("chips", "empty", "valid_px")},
+        **counts,
         "warnings": list(dict.fromkeys(text for one in results for text in one["warnings"])),
         "missing": sorted({name for one in results for name in one["missing"]}),
         "instances": 0,

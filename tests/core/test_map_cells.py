@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rtshpc.core.cell import Cell
+from rtshpc.core.cell import RESULT_VERSION, Cell
 from rtshpc.core.config import DataConfig, RunConfig
 from rtshpc.core.errors import ConfigError, DataError
 from rtshpc.core.grid import finished
@@ -168,7 +168,14 @@ def test_a_scene_that_changes_remakes_its_cells_and_no_others() -> None:
 
 
 def record(cell: Cell, paths: RunPaths, **results: Any) -> None:
-    facts = {"cell": cell.id, "stage": cell.stage, "label": "", "result_version": 1, "started": "", "seconds": 1.0}
+    facts = {
+        "cell": cell.id,
+        "stage": cell.stage,
+        "label": "",
+        "result_version": RESULT_VERSION[cell.stage],
+        "started": "",
+        "seconds": 1.0,
+    }
     write_record(paths.cell(cell.id).record, Record(**facts, results=results))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -61,3 +63,11 @@ def test_samples_that_are_made_to_fill_the_rois_have_one_protocol_however_many_s
 @pytest.mark.parametrize("key", ["backend", "device"])
 def test_results_of_a_fake_driver_are_refused_whatever_the_stage(key: str) -> None:
     assert "backend = fake" in refusal({key: "fake"}) and refusal({key: "cpu"}) == "" == refusal({})
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it() -> None:
+    child = "from rtshpc.core.sizing.measured import peak_rss\nprint(peak_rss(), bytearray(64 << 20)[0], peak_rss())"
+    parent = f"import subprocess, sys\nheld = bytearray(1 << 30)\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    told = subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True, text=True).stdout
+    before, _, after = map(int, told.split())
+    assert before < after - (60 << 20) and after < 1 << 29

@@ -15,6 +15,7 @@ from rasterio.transform import Affine
 from rtshpc.core.config import RunConfig
 from rtshpc.core.mapping.ground import MapScene
 from rtshpc.core.scenes import Scene
+from rtshpc.geo.scene import OpenScene
 from rtshpc.mapping.mosaic import PlacedScene, merge
 from rtshpc.mapping.pieces import read_pieces, write_pieces
 from rtshpc.mapping.scenes.strips import ReadFacts
@@ -53,13 +54,13 @@ def block(scene: MapScene, made: RunConfig, number: int, detect: Detect) -> Foun
     return find_pieces(ready, detect, made, layout, lambda done: None)
 
 
-@pytest.mark.parametrize(("block_px", "batch"), [(8192, 1), (64, 3), (64, 1)])
+@pytest.mark.parametrize(("block_px", "batch"), [(8192, 1), (20, 3), (20, 1)])
 def test_an_ideal_detector_gives_the_truth_whatever_the_blocks_and_the_batch(
     tmp_path: Path, block_px: int, batch: int
 ) -> None:
     made = config(block_px=block_px, batch_size=batch)
     scene = scene_of(tmp_path, truth(), made)
-    assert scene.ground is not None and scene.blocks == (1 if block_px > WIDTH else 4)
+    assert scene.ground is not None and scene.blocks == (1 if block_px > WIDTH else 8)
     pieces = []
     for number in reversed(range(scene.blocks)):
         write_pieces(tmp_path / f"{number}.bin", block(scene, made, number, ideal).pieces)
@@ -100,3 +101,23 @@ def test_detections_below_the_threshold_and_what_lies_beyond_the_scene_are_no_pi
     assert [(one.mask.shape, one.mask.sum(), one.score) for one in found.pieces] == [
         ((20, 20), 399, pytest.approx(0.53))
     ]
+
+
+def test_a_block_looks_at_no_more_of_its_scene_than_it_takes_to_find_something_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    part = OpenScene.part
+
+    def counted(self: OpenScene, row: int, col: int, height: int, width: int) -> Any:
+        looked.append(height * width)
+        return part(self, row, col, height, width)
+
+    monkeypatch.setattr("rtshpc.geo.scene._FEWEST_BLOCK", 8)
+    monkeypatch.setattr(OpenScene, "part", counted)
+    made = config(block_px=20)
+    made = made.model_copy(update={"data": made.data.model_copy(update={"min_valid_fraction": 0.9})})
+    scene = scene_of(tmp_path, truth(), made)
+    for number in range(scene.blocks):
+        block(scene, made, number, ideal)
+    assert scene.blocks == 8 and sum(px <= 8 * 8 for px in looked) == 8

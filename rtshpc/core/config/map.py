@@ -33,7 +33,9 @@ class MapConfig(Section):
     statistics: dict[str, NormalConfig] = doc("modality -> what its pixels were normalised with", {})
     scenes: str = doc("what was given to map: list, index, folder or raster", "")
     overlap_px: int = doc("shared by neighbouring chips, px; at least 2; 0 = a quarter of data.chip.size_px", 0, ge=0)
-    block_px: int = doc("larger scenes are mapped in blocks of about this side, px, one task each", 8192, ge=64)
+    block_px: int = doc(
+        "larger scenes are mapped in blocks at most so wide and four times as tall, px, one task each", 5120, ge=16
+    )
     score_threshold: float = doc("lower detections are not mapped", 0.5, ge=0, le=1)
     batch_size: int = doc(
         "chips that go through the detector together; with more than 1, the last digits of scores depend on the blocks",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 from rtshpc.core.config.section import Section, doc
@@ -136,3 +139,15 @@ def refusal(results: Mapping[str, Any]) -> str:
     if FAKE in (results.get("backend"), results.get("device")):
         return "refused: backend = fake, its device figures come from a library made for tests and from no driver"
     return ""
+
+
+def peak_rss() -> int:
+    """The most memory that this process has had resident, bytes.
+
+    `getrusage` may tell what the process that started this one held: its figure outlives `exec`.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

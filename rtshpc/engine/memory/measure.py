@@ -9,7 +9,6 @@ put in its place, `backend` is `fake`, and no report takes the record. `core.siz
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from rtshpc.core.errors import RunError
-from rtshpc.core.sizing.measured import FAKE, Measurement, protocol_of
+from rtshpc.core.sizing.measured import FAKE, Measurement, peak_rss, protocol_of
 from rtshpc.core.sizing.memory import MemorySpec
 from rtshpc.engine.memory.counts import counts, filling
 from rtshpc.engine.memory.step import Optimizer, forward, given_scales, sample, slumps, step, zero
@@ -77,7 +76,7 @@ def measure(spec: MemorySpec) -> Measurement:
         figures = training.without_optimizer()
         figures |= training.with_optimizer(sampler.timed() if sampler else nullcontext())
         figures["counts"] = counts(training.detector, training.images, training.spec, device)
-    figures["rss_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures["rss_peak"] = peak_rss()
     figures |= sampler.figures() if sampler else {}
     missing = CPU_NULLS if device.type == "cpu" else CUDA_NULLS
     reasons = {**missing, **(sampler.reasons if sampler else dict.fromkeys(NvmlSampler.FIGURES, "measured on the CPU"))}
