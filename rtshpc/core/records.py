@@ -14,6 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
+try:
+    from zlib_ng.zlib_ng import crc32 as crc32
+except ImportError:  # an install without the stages has not got it: the same sums, seventeen times slower
+    from zlib import crc32 as crc32
+
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rtshpc.core.errors import RunError

@@ -129,8 +129,10 @@ def _cut(opened: OpenScene, instances: InstanceMap, box: ChipBox, data: DataConf
 
 def _summable(found: Statistics) -> bool:
     """Whether moments can be merged with others and written."""
-    values = np.stack((found.mean, found.m2, found.minimum, found.maximum))[:, found.count > 0]
-    return bool(np.isfinite(values).all() and (np.abs(values[[0, 2, 3]]) <= LARGEST).all())
+    known = found.count > 0
+    # The mean lies between the two; what is no number compares as false.
+    within = (found.minimum >= -LARGEST) & (found.maximum <= LARGEST) & np.isfinite(found.mean) & np.isfinite(found.m2)
+    return bool(within[known].all())
 
 
 def kept_though_empty(name: str, config: ChipConfig) -> bool:

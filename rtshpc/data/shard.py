@@ -16,7 +16,6 @@ modality's unit; `statistics/<modality>` (n, C, 5): count, mean, m2, min, max in
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rtshpc.core.errors import MissingExtra
-from rtshpc.core.records import file_sha256, replacing
+from rtshpc.core.records import crc32, file_sha256, replacing
 from rtshpc.data.normalise import Statistics
 from rtshpc.data.sample import IGNORE_ID
 
@@ -277,7 +276,7 @@ def ids_of(record: Any) -> npt.NDArray[np.int32]:
 
 def record_crc(record: npt.NDArray[np.uint8], classes: Sequence[int]) -> int:
     """CRC-32 of a record's bytes and its instances' classes."""
-    return zlib.crc32(np.asarray(classes, dtype="<u2").tobytes(), zlib.crc32(record))
+    return crc32(np.asarray(classes, dtype="<u2").tobytes(), crc32(record))
 
 
 def statistics_in(path: Path, rows: Sequence[int]) -> dict[str, list[Statistics]]:

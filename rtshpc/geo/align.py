@@ -121,7 +121,7 @@ class Layer:
         """
         self._source = dataset
         self.path = Path(dataset.name)
-        crs_wkt = dataset.crs.to_wkt() if dataset.crs else crs_wkt
+        crs_wkt = dataset.crs.wkt if dataset.crs else crs_wkt
         if not crs_wkt:
             raise SceneRejected("no_crs", f"{self.path.name} has no CRS and cannot be aligned")
         six: Six = tuple(dataset.transform)[:6]  # pyright: ignore[reportAssignmentType]

@@ -126,7 +126,7 @@ def georeference(dataset: DatasetReader) -> tuple[Grid | None, list[Finding]]:
     six: Six = tuple(dataset.transform)[:6]  # pyright: ignore[reportAssignmentType]
     if not dataset.crs:
         return None, [_without_crs(dataset, name, six)]
-    wkt = dataset.crs.to_wkt()
+    wkt = dataset.crs.wkt
     facts = crs_facts(wkt)
     if facts.fatal is not None:
         return None, [Finding("reject", facts.fatal[0], f"{name}: {facts.fatal[1]}")]
@@ -313,7 +313,7 @@ def fragment(dataset: DatasetReader) -> list[Finding]:
     """One pixel of known size may be a fragment; one whose size or sense is unknown is nothing."""
     if dataset.width * dataset.height > 1:
         return []
-    facts = crs_facts(dataset.crs.to_wkt()) if dataset.crs else None
+    facts = crs_facts(dataset.crs.wkt) if dataset.crs else None
     worthless = is_inverted(dataset) or facts is None or facts.geographic
     detail = f"{Path(dataset.name).name} is a single pixel"
     return [Finding("reject" if worthless else "warn", "too_small", detail)]

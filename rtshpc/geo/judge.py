@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from rasterio.io import DatasetReader
 
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
+from rtshpc.core.records import crc32
 from rtshpc.core.scenes import Scene
 from rtshpc.geo.crs import Finding, contradictions, fragment, georeference, is_inverted
 from rtshpc.geo.raster import (
@@ -147,7 +147,7 @@ def _tally(dataset: DatasetReader, content: Content, pixels: Any, outside: Any) 
     good_all = np.ones(pixels.shape[1:], np.bool_) if outside is None else ~outside
     colours = dataset.colorinterp
     for index, band in enumerate(pixels):
-        content.checksums[index] = zlib.crc32(np.ascontiguousarray(band), content.checksums[index])
+        content.checksums[index] = crc32(np.ascontiguousarray(band), content.checksums[index])
         nodata = dataset.nodatavals[index]
         bad = invalid(band, nodata)
         if bad is not None and band.dtype.kind == "f":

@@ -1,7 +1,7 @@
 """What a step makes of the values of its tensors: one object that looks, and one that counts instead.
 
 All sizes of a training step follow from its input's but for those decided here: which proposals are sound, which
-boxes are foreground, on which level a box lies. A trace of shapes has no values to look at. It takes of
+boxes are foreground, on which level a box lies, over how many pixels. A trace of shapes has no values to look at. It takes of
 everything as many as there can be, so that all of the code between is the model's own.
 """
 
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, roi_align
+
+from rtshpc.model.heads.align import SummedRoIAlign
 
 
 class Choices:
@@ -42,6 +44,12 @@ class Choices:
     def unsuppressed(self, boxes: Tensor, scores: Tensor, group: Tensor, iou: float, most: int) -> Tensor:
         """Indices of the best `most` boxes (N, 4), best first, that none better of their group overlaps by `iou`."""
         return batched_nms(boxes, scores, group, iou)[:most]
+
+    def align(self, features_BCHW: Tensor, rois_K5: Tensor, side: int, scale: float) -> Tensor:
+        """RoIAlign, (K, C, side, side); on a CPU its backward looks where the boxes lie."""
+        if features_BCHW.device.type == "cpu":
+            return SummedRoIAlign.apply(features_BCHW, rois_K5, side, scale)
+        return roi_align(features_BCHW, rois_K5, side, scale, 0, aligned=True)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,9 @@ class Counted(Choices):
 
     def unsuppressed(self, boxes: Tensor, scores: Tensor, group: Tensor, iou: float, most: int) -> Tensor:
         return _first(scores, most)
+
+    def align(self, features_BCHW: Tensor, rois_K5: Tensor, side: int, scale: float) -> Tensor:
+        return roi_align(features_BCHW, rois_K5, side, scale, 0, aligned=True)
 
 
 def _first(of: Tensor, most: int | None) -> Tensor:

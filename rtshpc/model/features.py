@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from rtshpc.core.errors import DataError, RunError
 from rtshpc.core.features import VARIANTS
-from rtshpc.core.records import file_sha256, replacing
+from rtshpc.core.records import crc32, file_sha256, replacing
 from rtshpc.model.choices import choices
 
 FORMAT = 1
@@ -119,7 +118,7 @@ def write_part(
                 records = batch.contiguous().view(torch.int16).numpy()
                 data[done : done + len(records)] = records.view(STORED[header.dtype])
                 for place in np.ndindex(records.shape[:2]):
-                    crcs[done + place[0], place[1]] = zlib.crc32(records[place])
+                    crcs[done + place[0], place[1]] = crc32(records[place])
                 done += len(records)
             file["crc32"] = crcs
             file["id"] = _text(ids)
@@ -204,7 +203,7 @@ class StoredScales:
                     raise DataError(f"{self._paths[number]}: ends within chip {self._ids[row]}; remove it and go on")
                 done += got
             offset += len(buffer)
-            crc = zlib.crc32(buffer, crc)
+            crc = crc32(buffer, crc)
         if crc != int(part.crc32[inside, place]):
             raise DataError(
                 f"{self._paths[number]}: chip {self._ids[row]} does not match its CRC-32; remove the file and go on"

@@ -31,10 +31,17 @@ class ConvNorm(nn.Conv2d):
         """The convolution alone."""
         return super().forward(input)
 
-    def finish(self, x: Tensor) -> Tensor:
-        """What follows the convolution: norm and ReLU."""
+    def finish(self, x: Tensor, channels_first: bool = False) -> Tensor:
+        """What follows the convolution: norm and ReLU.
+
+        Args:
+            x: what it gave, in any order of memory.
+            channels_first: put that order in place, between the two, where no copy is kept for backward.
+        """
         if self.norm is not None:
             x = self.norm(x)
+        if channels_first:
+            x = x.contiguous()
         return F.relu(x) if self.relu else x
 
 

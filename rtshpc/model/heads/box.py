@@ -70,9 +70,12 @@ class BoxHead(nn.Module):
             return x.new_zeros(0, self.width) + sum(p.sum() * 0.0 for p in self.parameters()) + x.sum() * 0.0
         convs = [getattr(self, name) for name in self.convs]
         steps = [(conv.convolve, conv.finish) for conv in convs]
-        linear = linear_in_rows if self.recompute else _linear
+        make, linear = features.make, linear_in_rows if self.recompute else _linear
+        if convs:
+            make = features.make_for_convolutions
+            steps[-1] = (convs[-1].convolve, partial(convs[-1].finish, channels_first=True))
         steps += [(partial(linear, getattr(self, name)), F.relu) for name in self.fcs]
-        return chain(features.make, steps, features.levels, self.recompute, self)
+        return chain(make, steps, features.levels, self.recompute, self)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class MaskHead(nn.Module):
         convs = [getattr(self, name) for name in self.names]
         steps = [(conv.convolve, conv.finish) for conv in convs]
         steps += [(self.deconv, F.relu), (self.predictor, same)]
-        return chain(features.make, steps, features.levels, self.recompute, self)
+        return chain(features.make_for_convolutions, steps, features.levels, self.recompute, self)
 
     def loss(self, features: Pooled, classes: Tensor, wanted: Tensor) -> Tensor:
         """Mean binary cross-entropy on the true class's channel.
