@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 try:
-    from zlib_ng.zlib_ng import crc32 as crc32
+    from zlib_ng import zlib_ng as zlib
 except ImportError:  # an install without the stages has not got it: the same sums, seventeen times slower
-    from zlib import crc32 as crc32
+    import zlib
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -189,6 +189,11 @@ def _content(path: Path) -> bytes | None:
 def write_record(path: Path, record: Record) -> None:
     """Write a record atomically: from this rename on the cell is done."""
     write_json(path, record.model_dump(mode="json"))
+
+
+def crc32(content: Any, before: int = 0) -> int:
+    """CRC-32 of bytes that follow those whose CRC-32 is `before`."""
+    return int(cast(Any, zlib).crc32(content, before))
 
 
 def file_sha256(path: Path) -> str:

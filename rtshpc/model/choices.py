@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, roi_align
-
-from rtshpc.model.heads.align import SummedRoIAlign
+from torchvision.ops import batched_nms
 
 
 class Choices:
     """Decisions by the values."""
+
+    looks = True
+    """Whether there are values."""
 
     def holds(self, flag: Tensor, usual: bool) -> bool:
         """Whether `flag` (a scalar) is true; `usual` is what a trace takes it for."""
@@ -45,12 +46,6 @@ class Choices:
         """Indices of the best `most` boxes (N, 4), best first, that none better of their group overlaps by `iou`."""
         return batched_nms(boxes, scores, group, iou)[:most]
 
-    def align(self, features_BCHW: Tensor, rois_K5: Tensor, side: int, scale: float) -> Tensor:
-        """RoIAlign, (K, C, side, side); on a CPU its backward looks where the boxes lie."""
-        if features_BCHW.device.type == "cpu":
-            return SummedRoIAlign.apply(features_BCHW, rois_K5, side, scale)
-        return roi_align(features_BCHW, rois_K5, side, scale, 0, aligned=True)
-
 
 @dataclass(frozen=True)
 class Counted(Choices):
@@ -60,6 +55,7 @@ class Counted(Choices):
         filled: groups that have members, in equal shares; the others have none.
     """
 
+    looks = False
     filled: int
 
     def holds(self, flag: Tensor, usual: bool) -> bool:
@@ -81,9 +77,6 @@ class Counted(Choices):
 
     def unsuppressed(self, boxes: Tensor, scores: Tensor, group: Tensor, iou: float, most: int) -> Tensor:
         return _first(scores, most)
-
-    def align(self, features_BCHW: Tensor, rois_K5: Tensor, side: int, scale: float) -> Tensor:
-        return roi_align(features_BCHW, rois_K5, side, scale, 0, aligned=True)
 
 
 def _first(of: Tensor, most: int | None) -> Tensor:

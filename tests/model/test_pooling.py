@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from torchvision.ops import roi_align
 
-from rtshpc.model.choices import Counted, choices
-from rtshpc.model.heads.align import SummedRoIAlign, entries
+from rtshpc.model.choices import Counted, decided_by
+from rtshpc.model.heads.pooling import SummedRoIAlign, align, entries
 
 SCALE = 1 / 4
 
@@ -16,9 +18,9 @@ SCALE = 1 / 4
 def gradients(features: torch.Tensor, rois: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ours and torchvision's gradient of the features; the values of the two are equal to the bit."""
     found: list[torch.Tensor] = []
-    for align in (SummedRoIAlign.apply, lambda x, r, n, s: roi_align(x, r, n, s, 0, aligned=True)):
+    for way in (SummedRoIAlign.apply, lambda x, r, n, s: roi_align(x, r, n, s, 0, aligned=True)):
         leaf = features.clone().requires_grad_()
-        pooled = align(leaf, rois, side, SCALE)
+        pooled = way(leaf, rois, side, SCALE)
         torch.manual_seed(1)
         pooled.backward(torch.randn(pooled.shape))
         assert leaf.grad is not None
@@ -75,5 +77,6 @@ def test_a_box_takes_as_many_entries_as_pixels_lie_under_its_points() -> None:
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_trace_pools_as_torchvision_does_for_it_has_no_places_to_look_at(counted: bool) -> None:
     features = torch.randn(1, 2, 8, 8, requires_grad=True)
-    pooled = (Counted(1) if counted else choices()).align(features, torch.tensor([[0.0, 0, 0, 20, 20]]), 7, SCALE)
+    with decided_by(Counted(1)) if counted else nullcontext():
+        pooled = align(features, torch.tensor([[0.0, 0, 0, 20, 20]]), 7, SCALE)
     assert pooled.grad_fn is not None and ("Summed" in type(pooled.grad_fn).__name__) != counted
