@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
 
 from rtshpc.core.config import DataConfig
@@ -170,10 +170,13 @@ def _from_row(data: DataConfig, row: Mapping[str, str], number: int) -> Scene:
 def _globbed(data: DataConfig) -> list[Scene]:
     root = Path(data.root)
     pattern = data.scenes.glob
+    refusal = f'scenes.glob = "{pattern}" is no pattern relative to data.root'
+    if PurePath(pattern).is_absolute():
+        raise ConfigError(f"{refusal}: it is absolute")
     try:
         found = sorted(path for path in root.glob(pattern) if path.suffix.lower() in RASTER_SUFFIXES and path.is_file())
-    except (NotImplementedError, ValueError) as error:  # what pathlib raises for an absolute or an empty pattern
-        raise ConfigError(f'scenes.glob = "{pattern}" is no pattern relative to data.root: {error}') from None
+    except ValueError as error:
+        raise ConfigError(f"{refusal}: {error}") from None
     if not found:
         raise DataError(
             f'{root}: scenes.glob = "{pattern}" matches no GeoTIFF; data.root is relative to the current folder'

@@ -46,6 +46,12 @@ def planned(to_map: Any, scenes: Path, out: Path, *sets: str, model: str = "", *
 
 
 @pytest.fixture(autouse=True)
+def square_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small scenes are cut into rows of blocks, too."""
+    monkeypatch.setattr("rtshpc.mapping.layout.TALL", 1)
+
+
+@pytest.fixture(autouse=True)
 def quick_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records say which commit made them, for which git looks through all files each time."""
     monkeypatch.setattr(runner, "code_version", lambda: "test")
@@ -85,7 +91,7 @@ def states(plan: MapPlan) -> dict[str, str]:
 def test_one_task_a_scene_and_many_in_any_order_give_the_same_bytes(to_map: Any, tmp_path: Path) -> None:
     scenes = to_map.scenes("abxy")
     whole = planned(to_map, scenes, tmp_path / "whole")
-    cut = planned(to_map, scenes, tmp_path / "cut", "map.block_px=16")
+    cut = planned(to_map, scenes, tmp_path / "cut", "map.block_px=64")
     assert [sum(cell.stage == "map" for cell in plan.cells) for plan in (whole, cut)] == [4, 13]
     work(whole)
     work(cut, random.Random(3))
@@ -106,7 +112,7 @@ def test_a_scene_with_too_little_valid_ground_is_named_once_its_blocks_are_count
         pixels, file.nodata = file.read(), -9999
         pixels[:, 9:], pixels[:, :, 9:] = -9999, -9999
         file.write(pixels)
-    plan = planned(to_map, scenes, tmp_path / "out", "map.block_px=16")
+    plan = planned(to_map, scenes, tmp_path / "out", "map.block_px=64")
     work(plan)
     a = next(one for merge in results(plan, "merge").values() for one in merge["scenes"] if one["scene"] == "a")
     assert states(plan) == {"a": "rejected", "y": "mapped"}
@@ -170,7 +176,7 @@ def test_a_failed_block_is_named_and_leaves_its_scene_out_until_it_is_mapped(to_
 def test_a_launcher_goes_on_past_a_failed_block_to_the_layers_of_the_others(
     to_map: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = planned(to_map, to_map.scenes("ay"), tmp_path / "out", "map.block_px=16")
+    plan = planned(to_map, to_map.scenes("ay"), tmp_path / "out", "map.block_px=64")
     prepare(plan)
     victim = next(cell.id for cell in plan.cells if cell.label == "map y 2/4")
 
@@ -265,7 +271,7 @@ def test_what_would_be_done_is_shown_without_writing_and_prepared_for_the_templa
     answer = launch("map", to_map.scenes("ax"), "--model", to_map.model, "--out", out, "--plan", "--json")
     assert answer.returncode == 0 and not out.exists(), answer.stderr
     assert [one["todo"] for one in json.loads(answer.stdout)["stages"]] == [2, 2, 1]
-    plan = planned(to_map, to_map.scenes("ax"), out, "site.max_array=2", "map.block_px=16")
+    plan = planned(to_map, to_map.scenes("ax"), out, "site.max_array=2", "map.block_px=64")
     given = f"RTSHPC_RUN={shlex.quote(str(out))} RTSHPC_STAGE"
     assert by_hand(plan) == [
         f"{given}=map sbatch --array=0-1%2 slurm/map.sbatch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,19 +33,20 @@ def grounds(draw: st.DrawFn) -> tuple[int, int]:
     return size, draw(st.one_of(st.just(2), st.integers(2, size // 2)))
 
 
-def layouts(check: Callable[..., None]) -> Callable[..., None]:
+def layouts(*drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a check on 100 random layouts, in full on 500."""
-    pick = pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.full)])
 
-    def run(count: int) -> None:
-        settings(max_examples=count, deadline=None)(check)()
+    def of(check: Callable[..., None]) -> Callable[..., None]:
+        def run(count: int) -> None:
+            settings(max_examples=count, deadline=None)(given(*drawn)(check))()
 
-    run.__name__ = check.__name__
-    return pick(run)
+        run.__name__ = check.__name__
+        return pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.full)])(run)
+
+    return of
 
 
-@layouts
-@given(seeds, st.integers(1, 48), st.integers(1, 48), cuts())
+@layouts(seeds, st.integers(1, 48), st.integers(1, 48), cuts())
 def test_the_map_is_the_truth_for_any_chip_size_and_overlap(
     seed: int, height: int, width: int, cut: tuple[int, int]
 ) -> None:
@@ -52,8 +54,7 @@ def test_the_map_is_the_truth_for_any_chip_size_and_overlap(
     assert merged(merge([scene(ids, *cut, seed=seed)])) == truth(ids)
 
 
-@layouts
-@given(seeds, st.integers(20, 36), st.integers(20, 36), cuts(16), st.integers(1, 50), st.integers(1, 7))
+@layouts(seeds, st.integers(20, 36), st.integers(20, 36), cuts(16), st.integers(1, 50), st.integers(1, 7))
 def test_the_map_is_the_same_for_any_block_size_number_of_tasks_and_order(
     seed: int, height: int, width: int, cut: tuple[int, int], block: int, tasks: int
 ) -> None:
@@ -73,8 +74,7 @@ def test_the_map_is_the_same_for_any_block_size_number_of_tasks_and_order(
     assert merged(merge([again])) == truth(ids)
 
 
-@layouts
-@given(seeds, st.integers(16, 34), st.integers(16, 34), grounds(), st.lists(cuts(10), min_size=1, max_size=4))
+@layouts(seeds, st.integers(16, 34), st.integers(16, 34), grounds(), st.lists(cuts(10), min_size=1, max_size=4))
 def test_the_map_of_several_scenes_on_one_lattice_is_the_truth(
     seed: int, height: int, width: int, ground: tuple[int, int], chips: list[tuple[int, int]]
 ) -> None:
@@ -92,8 +92,7 @@ def test_the_map_of_several_scenes_on_one_lattice_is_the_truth(
     assert same(merge(scenes), found)
 
 
-@layouts
-@given(seeds, st.data())
+@layouts(seeds, st.data())
 def test_scenes_that_overlap_in_any_way_fuse_nothing_and_cut_nothing_that_one_of_them_saw(
     seed: int, data: st.DataObject
 ) -> None:

@@ -57,7 +57,7 @@ def test_a_map_run_whose_tasks_are_killed_at_random_instants_ends_as_an_undistur
     subprocess.run(line("calm", 1, 8192), cwd=ROOT, check=True, capture_output=True, timeout=300)
     hit, deadline, done = 0, time.monotonic() + 400, False
     while not done:
-        process = subprocess.Popen(line("storm", 7, 16), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(line("storm", 7, 64), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while process.poll() is None:
             assert time.monotonic() < deadline, f"{hit} kills, and no end"
             time.sleep(draw.uniform(0.5, 6.0))

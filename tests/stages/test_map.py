@@ -26,6 +26,12 @@ HEIGHT, WIDTH = 70, 90
 NODATA = -9999
 
 
+@pytest.fixture(autouse=True)
+def square_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small scene is cut into rows of blocks, too."""
+    monkeypatch.setattr("rtshpc.mapping.layout.TALL", 1)
+
+
 def truth() -> np.ndarray:
     ids = np.zeros((HEIGHT, WIDTH), np.int16)
     ids[5:40, 10:14] = 1  # longer than a chip
@@ -54,13 +60,13 @@ def block(scene: MapScene, made: RunConfig, number: int, detect: Detect) -> Foun
     return find_pieces(ready, detect, made, layout, lambda done: None)
 
 
-@pytest.mark.parametrize(("block_px", "batch"), [(8192, 1), (20, 3), (20, 1)])
+@pytest.mark.parametrize(("block_px", "batch"), [(8192, 1), (64, 3), (64, 1)])
 def test_an_ideal_detector_gives_the_truth_whatever_the_blocks_and_the_batch(
     tmp_path: Path, block_px: int, batch: int
 ) -> None:
     made = config(block_px=block_px, batch_size=batch)
     scene = scene_of(tmp_path, truth(), made)
-    assert scene.ground is not None and scene.blocks == (1 if block_px > WIDTH else 8)
+    assert scene.ground is not None and scene.blocks == (1 if block_px > WIDTH else 4)
     pieces = []
     for number in reversed(range(scene.blocks)):
         write_pieces(tmp_path / f"{number}.bin", block(scene, made, number, ideal).pieces)
@@ -115,9 +121,9 @@ def test_a_block_looks_at_no_more_of_its_scene_than_it_takes_to_find_something_v
 
     monkeypatch.setattr("rtshpc.geo.scene._FEWEST_BLOCK", 8)
     monkeypatch.setattr(OpenScene, "part", counted)
-    made = config(block_px=20)
+    made = config(block_px=64)
     made = made.model_copy(update={"data": made.data.model_copy(update={"min_valid_fraction": 0.9})})
     scene = scene_of(tmp_path, truth(), made)
     for number in range(scene.blocks):
         block(scene, made, number, ideal)
-    assert scene.blocks == 8 and sum(px <= 8 * 8 for px in looked) == 8
+    assert scene.blocks == 4 and sum(px <= 8 * 8 for px in looked) == 4

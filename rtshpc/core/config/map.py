@@ -34,7 +34,7 @@ class MapConfig(Section):
     scenes: str = doc("what was given to map: list, index, folder or raster", "")
     overlap_px: int = doc("shared by neighbouring chips, px; at least 2; 0 = a quarter of data.chip.size_px", 0, ge=0)
     block_px: int = doc(
-        "larger scenes are mapped in blocks at most so wide and four times as tall, px, one task each", 5120, ge=16
+        "larger scenes are mapped in blocks at most so wide and four times as tall, px, one task each", 5120, ge=64
     )
     score_threshold: float = doc("lower detections are not mapped", 0.5, ge=0, le=1)
     batch_size: int = doc(

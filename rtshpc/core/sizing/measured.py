@@ -1,4 +1,5 @@
-"""Results of a `measure` record: every field's name, unit and meaning, and which records no report may use."""
+"""Results of a `measure` record: every field's name, unit and meaning, and which records no report may use; and the
+peak that a process reads of itself."""
 
 from __future__ import annotations
 
