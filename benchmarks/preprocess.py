@@ -28,6 +28,7 @@ from common import BANDS, KINDS, SIZE, conclude, make_files, options, shard_file
 
 from rtshpc.data.normalise import Statistics
 from rtshpc.data.shard import Chip, Layout, ShardWriter
+from rtshpc.stages.runner import set_memory
 
 LEAST = {"limit / writer": (0.8, 0.8, 0.8), "limit / whole": (0.55, 0.55, 0.4), "naive / whole": (2.5, 2.5, 2.5)}
 TARGETS = {f"{kind} {name}": least[number] for name, least in LEAST.items() for number, kind in enumerate(KINDS)}
@@ -118,7 +119,9 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    gc.freeze()  # as the runner of a task does
+    # As the runner of a task does.
+    gc.freeze()
+    set_memory("preprocess")
     seconds: dict[str, dict[str, dict[str, float]]] = {}
     with rasterio.Env(GDAL_NUM_THREADS="1"), tempfile.TemporaryDirectory(dir=given.folder) as root:
         for kind in given.kinds:

@@ -36,7 +36,7 @@ LENIENT = frozenset({"merge", "publish"})
 
 RESULT_VERSION = {
     "predict": 1,
-    "preprocess": 2,
+    "preprocess": 3,
     "gather": 1,
     "pretrain": 1,
     "features": 1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rtshpc.core.config import AugmentConfig, DataConfig, ModelConfig, MViTConfi
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import Record, read_json, read_lines, read_record
 from rtshpc.core.scenes import list_scenes
+from rtshpc.core.tiff import tiff_size
 
 VARIANTS = (
     "identity",
@@ -161,25 +161,3 @@ def _positions(size: tuple[int, int], data: DataConfig) -> int:
     """Chips that cover a scene, as `geo.chips` lays them."""
     step = data.chip.size_px - data.chip.overlap_px
     return math.prod(1 + max(0, -(-(side - data.chip.size_px) // step)) for side in size)
-
-
-def tiff_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) of a TIFF or BigTIFF from its first directory, px; None for other or unreadable files."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-            order = {b"II": "<", b"MM": ">"}[head[:2]]
-            big = struct.unpack(order + "H", head[2:4])[0] == 43
-            file.seek(struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0])
-            count = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2))[0]
-            found: dict[int, int] = {}
-            for _ in range(min(count, 1000)):
-                entry = file.read(20 if big else 12)
-                tag, kind = struct.unpack(order + "HH", entry[:4])
-                if tag in (256, 257):
-                    at = 12 if big else 8
-                    form, length = {3: ("H", 2), 4: ("I", 4), 16: ("Q", 8)}[kind]
-                    found[tag] = struct.unpack(order + form, entry[at : at + length])[0]
-            return found[256], found[257]
-    except (OSError, KeyError, ValueError, struct.error):
-        return None

@@ -101,7 +101,7 @@ class ShardFile:
         Raises:
             DataError: they differ.
         """
-        if record_crc(record, self.classes(row)) != int(self.crc32[row]):
+        if record_crc([record], self.classes(row)) != int(self.crc32[row]):
             raise DataError(f"{self.path}: chip {row} does not match its CRC-32; run preprocess again")
 
     def close(self) -> None:

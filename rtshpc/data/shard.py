@@ -16,7 +16,8 @@ modality's unit; `statistics/<modality>` (n, C, 5): count, mean, m2, min, max in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,6 @@ VALID = ":valid"
 MOST_INSTANCES = IGNORE_ID - 1
 MOST_IN_A_BYTE = 254
 _IGNORE_BYTE = 255
-_GROW = 256
 
 Compression = Literal["none", "lz4", "gzip"]
 
@@ -114,19 +114,18 @@ class ShardWriter:
         self.path = path
         self.layout = layout
         self.dtype = layout.dtype
-        self._record = np.zeros((), dtype=self.dtype)
-        self._bytes = self._record.reshape(1).view(np.uint8)
         self._chips: list[Chip] = []
         self._crcs: list[int] = []
         self._classes: list[list[int]] = []
         self._scaling: list[list[tuple[float, float]]] = []
         self._statistics: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name, _, _ in layout.modalities}
         self._direct = compression == "none"
-        self._room = 0
         self._stack = ExitStack()
         temporary = self._stack.enter_context(replacing(path))
         # Nobody else knows the temporary name; the lock of HDF5 stays on all the same.
-        self._file = self._stack.enter_context(h5py.File(temporary, "w", libver=("earliest", "v110")))
+        file = h5py.File(temporary, "w", driver="sec2", libver=("earliest", "v110"))
+        self._file = self._stack.enter_context(file)
+        self._handle: int = self._file.id.get_vfd_handle()
         self._data = self._file.create_dataset(
             "chips", shape=(0,), maxshape=(None,), chunks=(1,), dtype=self.dtype, **_filters(compression)
         )
@@ -169,34 +168,53 @@ class ShardWriter:
         row = len(self._chips)
         if len(classes) > (MOST_INSTANCES if self.layout.wide_ids else MOST_IN_A_BYTE):
             raise ValueError(f"{chip.id}: {len(classes)} instances do not fit in {self.layout}")
-        packed: dict[int, npt.NDArray[np.uint8]] = {}
-        for name, _, _ in self.layout.modalities:
-            self._record[name] = pixels[name]
-            mask = valid[name]
-            if id(mask) not in packed:  # modalities of the same bands share one mask
-                packed[id(mask)] = np.packbits(mask, axis=-1)
-            self._record[name + VALID] = packed[id(mask)]
-            self._statistics[name].append(statistics[name].to_array())
-        self._record[IDS] = ids  # one byte keeps the lower one, which makes `IGNORE_ID` 255
-        if row >= self._room:
-            self._room = row + _GROW
-            self._data.resize((self._room,))
+        parts = self._parts(pixels, valid, ids)
+        self._data.resize((row + 1,))
         if self._direct:
-            # A whole chunk as bytes: no conversion, no chunk cache.
-            self._data.id.write_direct_chunk((row,), self._bytes)
+            self._write(row, parts)
         else:
-            self._data[row] = self._record
-        self._crcs.append(record_crc(self._bytes, classes))
+            record = np.zeros((), dtype=self.dtype)
+            for name, part in parts.items():
+                record[name] = part
+            self._data[row] = record
+        for name, _, _ in self.layout.modalities:
+            self._statistics[name].append(statistics[name].to_array())
+        self._crcs.append(record_crc(parts.values(), classes))
         self._classes.append(list(classes))
         self._scaling.append([scaling[name] for name, _, _ in self.layout.modalities])
         self._chips.append(chip)
         return row
 
+    def _parts(
+        self,
+        pixels: Mapping[str, npt.NDArray[Any]],
+        valid: Mapping[str, npt.NDArray[np.bool_]],
+        ids: npt.NDArray[Any],
+    ) -> dict[str, npt.NDArray[Any]]:
+        """The fields of a record in their order, in the layout's types."""
+        packed: dict[int, npt.NDArray[np.uint8]] = {}
+        fields: dict[str, npt.NDArray[Any]] = {IDS: ids}  # one byte keeps the lower one, which makes `IGNORE_ID` 255
+        for name, _, _ in self.layout.modalities:
+            mask = valid[name]
+            if id(mask) not in packed:  # modalities of the same bands share one mask
+                packed[id(mask)] = np.packbits(mask, axis=-1)
+            fields[name], fields[name + VALID] = pixels[name], packed[id(mask)]
+        assert self.dtype.names is not None
+        return {name: np.ascontiguousarray(fields[name], self.dtype[name].base) for name in self.dtype.names}
+
+    def _write(self, row: int, parts: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Write a record where HDF5 has made room for it, part by part: through it they would be copied into one first."""
+        offset = self._data.id.get_chunk_info_by_coord((row,)).byte_offset
+        for part in parts.values():
+            left = memoryview(part).cast("B")
+            while left:
+                done = os.pwrite(self._handle, left, offset)
+                left, offset = left[done:], offset + done
+
     def truncate(self, count: int) -> None:
         """Forget all but the first `count` chips."""
         for part in (self._chips, self._crcs, self._classes, self._scaling, *self._statistics.values()):
             del part[count:]
-        self._room = count
         self._data.resize((count,))
 
     def discard(self) -> None:
@@ -205,7 +223,6 @@ class ShardWriter:
 
     def close(self) -> str:
         """Write what lies beside the records, sync, hash and rename; returns the file's SHA-256."""
-        self._data.resize((len(self._chips),))
         starts = np.cumsum([0, *map(len, self._classes)], dtype=np.int64)
         self._file["class_start"] = starts
         self._file["classes"] = np.array([kind for kinds in self._classes for kind in kinds], dtype=np.uint16)
@@ -249,7 +266,10 @@ def _filters(compression: Compression) -> dict[str, Any]:
         return {"compression": "gzip", "compression_opts": 4, "shuffle": True}
     if compression == "lz4":
         return dict(load_plugins().LZ4())
-    return {}
+    # Room for a record is made with its row, and not filled.
+    places = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    places.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    return {"dcpl": places, "fill_time": "never"}
 
 
 def load_plugins() -> Any:
@@ -274,9 +294,12 @@ def ids_of(record: Any) -> npt.NDArray[np.int32]:
     return ids
 
 
-def record_crc(record: npt.NDArray[np.uint8], classes: Sequence[int]) -> int:
-    """CRC-32 of a record's bytes and its instances' classes."""
-    return crc32(np.asarray(classes, dtype="<u2").tobytes(), crc32(record))
+def record_crc(parts: Iterable[npt.NDArray[Any]], classes: Sequence[int]) -> int:
+    """CRC-32 of a record's bytes, part by part, and its instances' classes."""
+    total = 0
+    for part in parts:
+        total = crc32(part, total)
+    return crc32(np.asarray(classes, dtype="<u2").tobytes(), total)
 
 
 def statistics_in(path: Path, rows: Sequence[int]) -> dict[str, list[Statistics]]:

@@ -30,6 +30,8 @@ BANDS = ("red", "green", "blue", "ndvi", "nir")
 SCALE = 1e-4
 NODATA = -32768
 BLOCK_PX = 512
+_CACHE_BYTES = 256 << 20
+"""Of GDAL while it writes: when blocks are flushed, and so their order in the file, is no matter of the machine."""
 
 KNOWN_SITES = {"banks": (10, 400_000, 7_990_000), "peel": (8, 480_000, 7_460_000), "yamal": (42, 420_000, 7_780_000)}
 """Site -> UTM zone (north), easting and northing of its corner; other names are put somewhere in the Arctic."""
@@ -119,7 +121,8 @@ def draw_scene(config: GeneratedConfig, site: str, index: int, folder: Path) -> 
         "bigtiff": "if_safer",
     }
     ids_type = "uint16" if len(scene.slumps) < 65535 else "uint32"
-    with replacing(image) as new_image, replacing(label) as new_label, rasterio.Env(GDAL_NUM_THREADS="1"):
+    settings = rasterio.Env(GDAL_NUM_THREADS="1", GDAL_CACHEMAX=_CACHE_BYTES)
+    with replacing(image) as new_image, replacing(label) as new_label, settings:
         layers = rasterio.open(
             new_image, "w", count=5, dtype="int16", nodata=NODATA, interleave="band", predictor=2, **common
         )

@@ -19,8 +19,8 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from rtshpc.core.config import DataConfig, ModalityConfig
+from rtshpc.core.config.modality import Expression
 from rtshpc.core.errors import SceneRejected
-from rtshpc.core.modality import Expression
 from rtshpc.geo.crs import Six
 from rtshpc.geo.raster import (
     Grid,
@@ -104,6 +104,7 @@ class Layer:
         snap_px: float = EXACT_PX,
         crs_wkt: str = "",
         zero_is_valid: bool = False,
+        stored: Grid | None = None,
     ) -> None:
         """Bind `dataset` to `grid` (north up); a warping view is closed by `stack`.
 
@@ -115,18 +116,20 @@ class Layer:
             snap_px: grids shifted by up to this are taken as the same.
             crs_wkt: CRS of a file that states none.
             zero_is_valid: a nodata value of 0 is a value like any other, the background of labels.
+            stored: where the file lies, if that is known without asking it.
 
         Raises:
             SceneRejected: `no_crs`, or `cannot_align` when no transformation between the two is known.
         """
         self._source = dataset
         self.path = Path(dataset.name)
-        crs_wkt = dataset.crs.wkt if dataset.crs else crs_wkt
-        if not crs_wkt:
-            raise SceneRejected("no_crs", f"{self.path.name} has no CRS and cannot be aligned")
-        six: Six = tuple(dataset.transform)[:6]  # pyright: ignore[reportAssignmentType]
-        # Only the place matters here; what a pixel measures was settled by the primary grid.
-        stored = Grid(crs_wkt, six, dataset.width, dataset.height, grid.resolution_m)
+        if stored is None:
+            crs_wkt = dataset.crs.wkt if dataset.crs else crs_wkt
+            if not crs_wkt:
+                raise SceneRejected("no_crs", f"{self.path.name} has no CRS and cannot be aligned")
+            six: Six = tuple(dataset.transform)[:6]  # pyright: ignore[reportAssignmentType]
+            # Only the place matters here; what a pixel measures was settled by the primary grid.
+            stored = Grid(crs_wkt, six, dataset.width, dataset.height, grid.resolution_m)
         turned, self._rows, self._cols = upright(stored)
         self.shift = shift_px(grid, turned)
         self.warped = self.shift is None or self.shift > max(snap_px, EXACT_PX)
@@ -134,7 +137,7 @@ class Layer:
         self._view: Any = dataset
         if self.warped:
             self._rows = self._cols = False
-            self._view = stack.enter_context(self._warp(dataset, grid, resampling, crs_wkt))
+            self._view = stack.enter_context(self._warp(dataset, grid, resampling, stored.crs_wkt))
             self._nodata = list(self._view.nodatavals)
         masked = has_mask(dataset)
         self._masked = has_mask(self._view) if self.warped else masked

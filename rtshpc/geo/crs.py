@@ -9,13 +9,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pyproj
 from pyproj.exceptions import CRSError, ProjError
 from rasterio.io import DatasetReader
 
 from rtshpc.core.errors import SceneRejected
-from rtshpc.geo.raster import Grid, geo_tags
+from rtshpc.core.tiff import MATRIX, PIXEL_SCALE, TIE_POINTS, FileHead
+from rtshpc.geo.raster import Grid
 
 EARTH_RADII_M = (6_350_000.0, 6_400_000.0)
 """Semi-major axes of the ellipsoids in use for the Earth lie well inside."""
@@ -92,7 +92,7 @@ def to_lonlat(wkt: str, xs: Sequence[float], ys: Sequence[float]) -> tuple[list[
 
 def corners(transform: Six, width: int, height: int, steps: int = 4) -> tuple[list[float], list[float]]:
     """Points along the outline, x and y in the CRS."""
-    shares = np.linspace(0.0, 1.0, steps + 1)[:-1]
+    shares = [step / steps for step in range(steps)]
     edge = (
         [(s, 0.0) for s in shares]
         + [(1.0, s) for s in shares]
@@ -106,18 +106,37 @@ def corners(transform: Six, width: int, height: int, steps: int = 4) -> tuple[li
 
 
 class _Outline:
-    """A raster's middle (first) and points along its edges, in its CRS and, once asked for, in degrees."""
+    """A raster's middle (first) and points along its edges, in its CRS and, once asked for, in degrees.
 
-    def __init__(self, wkt: str, six: Six, width: int, height: int) -> None:
-        xs, ys = corners(six, width, height)
+    Attributes:
+        wkt: the CRS.
+        xs: in its units.
+        ys: in its units.
+    """
+
+    def __init__(self, wkt: str, six: Six, width: int, height: int, steps: int = 4) -> None:
+        xs, ys = corners(six, width, height, steps) if steps else ([], [])
         a, b, c, d, e, f = six
-        self.xs = [a * width / 2 + b * height / 2 + c, *xs]
-        self.ys = [d * width / 2 + e * height / 2 + f, *ys]
-        self._wkt = wkt
+        x, y = a * width / 2 + b * height / 2 + c, d * width / 2 + e * height / 2 + f
+        self.xs, self.ys = [x, *xs], [y, *ys]
+        self._beside = ([x + a, x + b], [y + d, y + e])
+        self.wkt = wkt
 
     @cached_property
+    def _degrees(self) -> tuple[list[float], list[float]]:
+        # Both at once: the way to PROJ takes longer than the points.
+        return to_lonlat(self.wkt, self.xs + self._beside[0], self.ys + self._beside[1])
+
+    @property
     def lonlat(self) -> tuple[list[float], list[float]]:
-        return to_lonlat(self._wkt, self.xs, self.ys)
+        """Of the middle and the edges."""
+        return self._degrees[0][:-2], self._degrees[1][:-2]
+
+    @property
+    def middle(self) -> tuple[list[float], list[float]]:
+        """Of the middle, and of the middle moved by a column and by a row."""
+        lons, lats = self._degrees
+        return [lons[0], *lons[-2:]], [lats[0], *lats[-2:]]
 
 
 def georeference(dataset: DatasetReader) -> tuple[Grid | None, list[Finding]]:
@@ -139,7 +158,7 @@ def georeference(dataset: DatasetReader) -> tuple[Grid | None, list[Finding]]:
     problem = _off_earth(outline, six, facts)
     if problem:
         return None, [Finding("reject", "off_earth", f"{name}: {problem}")]
-    grid = Grid(wkt, six, dataset.width, dataset.height, resolution_m(wkt, six, dataset.width, dataset.height))
+    grid = Grid(wkt, six, dataset.width, dataset.height, _resolution(outline, six, facts))
     return grid, [*_orientation(name, six), *_projection(name, grid, facts, outline)]
 
 
@@ -247,16 +266,17 @@ def resolution_m(wkt: str, six: Six, width: int, height: int) -> float:
 
     The map's own metres where they are true within a few per cent (UTM, polar, equal-area), else geodesic ones.
     """
-    a, b, c, d, e, f = six
-    facts = crs_facts(wkt)
+    return _resolution(_Outline(wkt, six, width, height, 0), six, crs_facts(wkt))
+
+
+def _resolution(outline: _Outline, six: Six, facts: CrsFacts) -> float:
+    a, b, _, d, e, _ = six
     on_map = math.sqrt(abs(a * e - b * d)) * facts.unit_m
-    x = a * width / 2 + b * height / 2 + c
-    y = d * width / 2 + e * height / 2 + f
-    lons, lats = to_lonlat(wkt, [x, x + a, x + b], [y, y + d, y + e])
+    lons, lats = outline.middle
     if not all(map(math.isfinite, [*lons, *lats])):
         return on_map
     if not facts.geographic:
-        scale = _areal_scale(wkt, lons[0], lats[0])
+        scale = _areal_scale(outline.wkt, lons[0], lats[0])
         if scale is None or abs(scale - 1) <= AREA_TOLERANCE:
             return on_map
     _, _, east = _GEOD.inv(lons[0], lats[0], lons[1], lats[1])
@@ -267,16 +287,16 @@ def resolution_m(wkt: str, six: Six, width: int, height: int) -> float:
 def contradictions(dataset: DatasetReader, path: Path) -> list[Finding]:
     """Where the file's own georeference tags, or files beside it, disagree with the grid that is used."""
     found: list[Finding] = []
-    tags = geo_tags(path)
-    scale, tie = tags.get(33550, ()), tags.get(33922, ())
-    if 34264 in tags and (scale or tie):
+    tags = _geo_tags(path)
+    scale, tie = tags.get(PIXEL_SCALE, ()), tags.get(TIE_POINTS, ())
+    if MATRIX in tags and (scale or tie):
         detail = f"{path.name} has pixel scale or tie points and a matrix; the reader's choice is used"
         found.append(Finding("warn", "inconsistent_georeference", detail))
     if len(scale) > 1 and scale[1] < 0:
         detail = f"{path.name} states a negative pixel height (south-up); the reader takes it as north-up"
         found.append(Finding("warn", "south_up", detail))
     used: Six = tuple(dataset.transform)[:6]  # pyright: ignore[reportAssignmentType]
-    if len(scale) > 1 and len(tie) == 6 and 34264 not in tags:
+    if len(scale) > 1 and len(tie) == 6 and MATRIX not in tags:
         across, down = scale[0], abs(scale[1])
         stated: Six = (across, 0.0, tie[3] - tie[0] * across, 0.0, -down, tie[4] + tie[1] * down)
         if _apart(used, stated):
@@ -287,6 +307,16 @@ def contradictions(dataset: DatasetReader, path: Path) -> list[Finding]:
         detail = f"{world[0]} disagrees with the georeference of {path.name}, which is used"
         found.append(Finding("warn", "inconsistent_georeference", detail))
     return found
+
+
+def _geo_tags(path: Path) -> dict[int, tuple[float, ...]]:
+    """The transformation tags as stored, between which GDAL resolves contradictions silently; none for other files."""
+    try:
+        head = FileHead.of(path)
+    except OSError:
+        return {}
+    stated = (tag for tag in (PIXEL_SCALE, TIE_POINTS, MATRIX) if tag in head.tags and head.tags[tag].form == "d")
+    return {tag: head.values(tag) for tag in stated}
 
 
 def _apart(one: Six, other: Six) -> bool:

@@ -14,9 +14,9 @@ from rasterio.enums import ColorInterp
 from rtshpc.core.config import DataConfig
 from rtshpc.core.errors import SceneRejected
 from rtshpc.core.scenes import Scene
-from rtshpc.geo.align import EXACT_PX, Layer
+from rtshpc.geo.align import EXACT_PX, Layer, upright
 from rtshpc.geo.instances import InstanceMap, burn, drop_small, from_raster, rasterise
-from rtshpc.geo.raster import Grid, Mask, find_bands, invalid, open_raster, read_window, windows
+from rtshpc.geo.raster import Grid, Mask, Place, find_bands, invalid, open_beside, read_window, windows
 from rtshpc.geo.vector import read_polygons
 
 _FEWEST_COVERED = 0.01
@@ -26,23 +26,21 @@ _HALF_PX = 0.5 + EXACT_PX
 class LabelReader:
     """Opens the labels of one scene at once, so that a scene without them is refused before pixels are read."""
 
-    def __init__(
-        self, scene: Scene, data: DataConfig, grid: Grid, stack: ExitStack, flips: tuple[bool, bool] = (False, False)
-    ) -> None:
+    def __init__(self, scene: Scene, data: DataConfig, place: Place, stack: ExitStack) -> None:
         """Open the label file.
 
         Args:
             scene: whose labels.
             data: the data set.
-            grid: the primary grid, north up.
+            place: of the image.
             stack: closes the file.
-            flips: whether the image's rows and columns were flipped to get north up.
 
         Raises:
             SceneRejected: `missing_label`, or what `open_raster` says of a label raster.
         """
-        self._scene, self._data, self._grid, self._flips = scene, data, grid, flips
-        self._stack = stack
+        self._scene, self._data, self._stack = scene, data, stack
+        self._grid, *self._flips = upright(place.grid)
+        self._stored: Grid | None = None
         self._raster: Any = None
         kind = data.labels.kind
         path = scene.image if kind == "band" else scene.label
@@ -51,7 +49,8 @@ class LabelReader:
         if kind == "vector":
             return
         try:
-            self._raster = stack.enter_context(open_raster(path, data.max_pixels))
+            self._raster, self._stored = open_beside(path, place, data.max_pixels)
+            stack.enter_context(self._raster)
         except SceneRejected as error:
             raise SceneRejected(f"label_{error.reason}", error.detail) from None
 
@@ -151,7 +150,7 @@ class LabelReader:
         grid, name = self._grid, Path(self._scene.label or self._scene.image).name
         shape = (grid.height, grid.width)
         notes: list[str] = []
-        if not self._raster.crs:
+        if self._stored is None and not self._raster.crs:
             if (self._raster.height, self._raster.width) != shape:
                 raise SceneRejected("label_grid", f"{name} has no CRS and another size than the image")
             if self._raster.transform.is_identity:
@@ -161,7 +160,7 @@ class LabelReader:
         # Whole pixels are moved, never snapped away: beyond half a pixel the nearest one is another.
         snap = max(min(self._data.labels.max_shift_px, _HALF_PX), EXACT_PX)
         # Nodata 0 in labels means background: within the file's extent that is known.
-        layer = Layer(self._raster, grid, self._stack, "nearest", snap, grid.crs_wkt, zero_is_valid=True)
+        layer = Layer(self._raster, grid, self._stack, "nearest", snap, grid.crs_wkt, True, self._stored)
         stored, (missing,) = layer.read([band], 0, 0, *shape)
         if layer.shift is not None and layer.shift > EXACT_PX and not layer.warped:
             notes.append(f"label_shift: {name} lies {layer.shift:.2f} px off the image's grid; taken as the same grid")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import stat
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import shapely
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.env import getenv, hasenv
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from rtshpc.core.errors import RtshpcError, SceneRejected, guess
 from rtshpc.core.scenes import VIRTUAL
+from rtshpc.core.tiff import FileHead
 
 Mask = NDArray[np.bool_]
 
@@ -81,12 +84,34 @@ class Grid:
     resolution_m: float
 
 
-def reading(**options: Any) -> rasterio.Env:
+@dataclass(frozen=True)
+class Place:
+    """Where an open raster lies.
+
+    Attributes:
+        path: the raster, or one of GDAL's virtual names.
+        grid: its grid as stored, not yet turned north up.
+    """
+
+    path: str
+    grid: Grid
+
+    @cached_property
+    def stated(self) -> tuple[Any, ...] | None:
+        """`FileHead.stated_place` of the raster; None where it has none."""
+        return None if self.path.startswith(VIRTUAL) else FileHead.of(Path(self.path)).stated_place()
+
+
+def reading(**options: Any) -> AbstractContextManager[Any]:
     """GDAL's settings while rasters are read: one thread, and files beside a raster are looked for by name.
 
-    By default GDAL lists the whole folder at every opening, a third of the time that opening takes.
+    By default GDAL lists the whole folder at every opening, a third of the time that opening takes. Where the same
+    settings are in force already, nothing is done: a task that reads many small scenes enters them once.
     """
-    return rasterio.Env(GDAL_NUM_THREADS="1", GDAL_DISABLE_READDIR_ON_OPEN="TRUE", **options)
+    wanted = {"GDAL_NUM_THREADS": "1", "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", **options}
+    if hasenv() and wanted.items() <= getenv().items():
+        return nullcontext()
+    return rasterio.Env(**wanted)
 
 
 def open_raster(path: Path | str, max_pixels: int = MAX_PIXELS) -> DatasetReader:
@@ -96,46 +121,71 @@ def open_raster(path: Path | str, max_pixels: int = MAX_PIXELS) -> DatasetReader
         SceneRejected: `missing_file`, `empty_file`, `lfs_pointer`, `not_a_raster`, `missing_codec`,
             `unreadable`, `truncated`, `no_bands`, `size_bomb` or `complex`.
     """
-    virtual = str(path).startswith(VIRTUAL)
-    name, path = str(path), Path(path)
-    if not virtual:
-        sniff(path)
+    return _opened(str(path), _sniffed(path), max_pixels)
+
+
+def open_beside(path: Path | str, place: Place, max_pixels: int = MAX_PIXELS) -> tuple[DatasetReader, Grid | None]:
+    """Open a raster that perhaps lies where another does.
+
+    One that states the same place, byte by byte, has the other's grid, and neither CRS nor transform of its own:
+    understanding them would take half the time of opening it.
+
+    Returns:
+        The raster, and its grid as stored where that is the other's.
+
+    Raises:
+        SceneRejected: as `open_raster`.
+    """
+    head = _sniffed(path)
+    same = head is not None and place.stated is not None and head.stated_place() == place.stated
+    options = {"GEOREF_SOURCES": "NONE"} if same else {}
+    return _opened(str(path), head, max_pixels, **options), place.grid if same else None
+
+
+def _sniffed(path: Path | str) -> FileHead | None:
+    """The head of what may be a raster; a virtual one has none."""
+    return None if str(path).startswith(VIRTUAL) else sniff(Path(path))
+
+
+def _opened(name: str, head: FileHead | None, max_pixels: int, **options: str) -> DatasetReader:
+    # rasterio.open makes an environment for each raster, for the keys of remote stores.
+    opened = DatasetReader if hasenv() and head is not None else rasterio.open
+    file = Path(name).name
     try:
         with warnings.catch_warnings():
             # A missing georeference is judged by georeference().
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            dataset = rasterio.open(name)
+            dataset = opened(name, **options)
     except (RasterioError, ValueError, MemoryError, OverflowError) as error:
         text = " ".join(str(error).split())
         reason = "missing_codec" if "codec" in text or "compress" in text.lower() else "unreadable"
-        raise SceneRejected(reason, f"{path.name}: {text}") from None
+        raise SceneRejected(reason, f"{file}: {text}") from None
     try:
-        _guard(dataset, None if virtual else path, max_pixels)
+        _guard(dataset, file, head, max_pixels)
     except SceneRejected:
         dataset.close()
         raise
     return dataset
 
 
-def _head(path: Path) -> bytes:
-    """The first bytes of a file that is there, is not empty and is no stand-in for another."""
+def _head(path: Path) -> tuple[FileHead, bytes]:
+    """The head of a file that is there, is not empty and is no stand-in for another, and its text in small letters."""
     try:
         # Opening a pipe waits for its writer.
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise SceneRejected("not_a_file", f"{path} is a folder, a pipe or a device, not a file")
-        with path.open("rb") as file:
-            head = file.read(256)
+        head = FileHead.of(path)
     except (OSError, ValueError) as error:
         raise SceneRejected("missing_file", f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not head:
+    if not head.start:
         raise SceneRejected("empty_file", f"{path.name} has 0 bytes: a failed copy or download")
-    if head.startswith(b"version https://git-lfs"):
+    if head.start.startswith(b"version https://git-lfs"):
         raise SceneRejected("lfs_pointer", f"{path.name} is a Git LFS pointer, not the data; run `git lfs pull`")
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    start = head.start[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html")):
-        page = head[:60].decode("latin-1").strip()
+        page = head.start[:60].decode("latin-1").strip()
         raise SceneRejected("not_a_raster", f"{path.name} is a web page, perhaps a download's error page: {page!r}")
-    return start
+    return head, start
 
 
 def sniff_text(path: Path) -> None:
@@ -147,50 +197,50 @@ def sniff_text(path: Path) -> None:
     _head(path)
 
 
-def sniff(path: Path) -> None:
-    """Tell what a file that is no raster really is.
+def sniff(path: Path) -> FileHead:
+    """The head of a file; tells what a file that is no raster really is.
 
     Raises:
         SceneRejected: `missing_file`, `empty_file`, `lfs_pointer` or `not_a_raster`.
     """
-    start = _head(path)
+    head, start = _head(path)
     if start.startswith(b"<vrtdataset"):
-        return
+        return head
     if start.startswith((b"<?xml", b"<", b"{", b"[")):
         raise SceneRejected("not_a_raster", f"{path.name} is text: {start[:60].decode('latin-1').strip()!r}")
     for magic, name in _MAGIC.items():
         if start.startswith(magic.lower()) and path.suffix.lower() in (".tif", ".tiff"):
             raise SceneRejected("not_a_raster", f"{path.name} is {name}")
+    return head
 
 
-def _guard(dataset: DatasetReader, path: Path | None, max_pixels: int) -> None:
-    """Refuse what must not be allocated or cannot be true, from the header alone; a virtual file has no path."""
-    name = Path(dataset.name).name
+def _guard(dataset: DatasetReader, name: str, head: FileHead | None, max_pixels: int) -> None:
+    """Refuse what must not be allocated or cannot be true, from the header alone; a virtual file has no head."""
     if dataset.count == 0:
         raise SceneRejected("no_bands", f"{name} holds no bands ({len(dataset.subdatasets)} subdatasets)")
-    if any(dtype.startswith("complex") for dtype in dataset.dtypes):
+    types = set(dataset.dtypes)
+    if any(dtype.startswith("complex") for dtype in types):
         raise SceneRejected("complex", f"{name} is {dataset.dtypes[0]}; a cast would drop the imaginary part")
     pixels = dataset.width * dataset.height
     claim = f"{name} claims {dataset.width} x {dataset.height} px"
     if pixels > max_pixels:
         raise SceneRejected("size_bomb", f"{claim}, more than max_pixels = {max_pixels}")
-    item = max(_bytes(dtype) for dtype in dataset.dtypes)
+    item = max(map(_bytes, types))
     block_rows, block_cols = dataset.block_shapes[0]
     if block_rows * block_cols * item > _MAX_BLOCK_BYTES:
         raise SceneRejected("size_bomb", f"{claim} in blocks of {block_cols} x {block_rows} px")
-    if dataset.driver != "GTiff" or path is None:
+    if dataset.driver != "GTiff" or head is None:
         return
-    size = path.stat().st_size
-    lost = cut_off(path, size)
+    lost = head.cut_off()
     if lost:
         raise SceneRejected("truncated", f"{name}: {lost}")
     blocks = math.ceil(dataset.height / block_rows) * math.ceil(dataset.width / block_cols)
     # A TIFF lists an offset and a length for every block, sparse or not.
-    if blocks > 65_536 and blocks * 4 > size:
-        raise SceneRejected("size_bomb", f"{claim} in {blocks} blocks, but {size} bytes cannot even list them")
+    if blocks > 65_536 and blocks * 4 > head.size:
+        raise SceneRejected("size_bomb", f"{claim} in {blocks} blocks, but {head.size} bytes cannot even list them")
     claimed = pixels * item * dataset.count
-    if claimed > _BOMB_BYTES and claimed > _BOMB_RATIO * size:
-        raise SceneRejected("size_bomb", f"{claim}, {claimed / 2**30:.1f} GiB of pixels in {size} bytes")
+    if claimed > _BOMB_BYTES and claimed > _BOMB_RATIO * head.size:
+        raise SceneRejected("size_bomb", f"{claim}, {claimed / 2**30:.1f} GiB of pixels in {head.size} bytes")
 
 
 def _bytes(dtype: str) -> int:
@@ -255,13 +305,13 @@ def find_bands(dataset: DatasetReader, wanted: Sequence[str], given: Sequence[st
         SceneRejected: `missing_band`: there is none, there are two, or it is the alpha band.
     """
     names = [name.lower() for name in band_names(dataset, given)]
-    return tuple(_find_band(dataset, band, names) for band in wanted)
+    colours = dataset.colorinterp
+    return tuple(_find_band(dataset.name, band, names, colours) for band in wanted)
 
 
-def _find_band(dataset: DatasetReader, wanted: str, names: list[str]) -> int:
-    file = Path(dataset.name).name
+def _find_band(file: str, wanted: str, names: list[str], colours: Sequence[ColorInterp]) -> int:
     found = [index for index, name in enumerate(names, 1) if name == wanted.lower()]
-    if not found and wanted.isdigit() and 1 <= int(wanted) <= dataset.count:
+    if not found and wanted.isdigit() and 1 <= int(wanted) <= len(names):
         found = [int(wanted)]
     if len(found) != 1:
         what = (
@@ -269,9 +319,10 @@ def _find_band(dataset: DatasetReader, wanted: str, names: list[str]) -> int:
             if not found
             else f'has {len(found)} bands called "{wanted}"'
         )
-        raise SceneRejected("missing_band", f"{file} {what}")
-    if dataset.colorinterp[found[0] - 1] == ColorInterp.alpha:
-        raise SceneRejected("missing_band", f'{file}: band "{wanted}" is an alpha band (validity), not a measurement')
+        raise SceneRejected("missing_band", f"{Path(file).name} {what}")
+    if colours[found[0] - 1] == ColorInterp.alpha:
+        detail = f'{Path(file).name}: band "{wanted}" is an alpha band (validity), not a measurement'
+        raise SceneRejected("missing_band", detail)
     return found[0]
 
 
@@ -323,77 +374,3 @@ def invalid(band: NDArray[Any], nodata: float | None) -> Mask | None:
         return None
     bad = band == band.dtype.type(int(nodata))
     return bad if bad.any() else None
-
-
-@dataclass(frozen=True)
-class TiffTag:
-    """An entry of a TIFF directory: where its values lie in the file, and in which form."""
-
-    form: str
-    count: int
-    offset: int
-
-    @property
-    def bytes(self) -> int:
-        return struct.calcsize(self.form) * self.count
-
-
-_FORMS = {1: "B", 2: "B", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d"}
-_FORMS |= {13: "I", 16: "Q", 17: "q", 18: "Q"}
-
-
-def tiff_directory(path: Path) -> dict[int, TiffTag]:
-    """The first directory of a TIFF or BigTIFF; empty for what is none. Reads a few hundred bytes."""
-    found: dict[int, TiffTag] = {}
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-            order = {b"II": "<", b"MM": ">"}[head[:2]]
-            big = struct.unpack(order + "H", head[2:4])[0] == 43
-            entry, number, word = ("HHQ8s", "Q", 8) if big else ("HHI4s", "H", 4)
-            pointer = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
-            file.seek(pointer)
-            start = pointer + struct.calcsize(order + number)
-            count = struct.unpack(order + number, file.read(start - pointer))[0]
-            size = struct.calcsize(order + entry)
-            table = file.read(size * min(count, 1000))
-    except (OSError, KeyError, struct.error, OverflowError):
-        return found
-    for at in range(0, len(table) - size + 1, size):
-        tag, kind, length, value = struct.unpack(order + entry, table[at : at + size])
-        form = order + _FORMS.get(kind, "B")
-        inline = struct.calcsize(form) * length <= word
-        offset = start + at + size - word if inline else struct.unpack(order + ("Q" if big else "I"), value)[0]
-        found[tag] = TiffTag(form, length, offset)
-    return found
-
-
-def tag_values(path: Path, tag: TiffTag, most: int = 6000) -> tuple[Any, ...]:
-    """The values of a tag, at most `most`; empty where they lie beyond the end of the file."""
-    number = min(tag.count, most)
-    try:
-        with path.open("rb") as file:
-            file.seek(tag.offset)
-            return struct.unpack(f"{tag.form[0]}{number}{tag.form[1]}", file.read(number * struct.calcsize(tag.form)))
-    except (OSError, struct.error, OverflowError):
-        return ()
-
-
-def geo_tags(path: Path) -> dict[int, tuple[float, ...]]:
-    """The GeoTIFF transformation tags as stored: 33550 pixel scale, 33922 tie points, 34264 matrix.
-
-    GDAL resolves contradictions between them silently. Empty for what is no TIFF or is damaged.
-    """
-    tags = {tag: entry for tag, entry in tiff_directory(path).items() if tag in (33550, 33922, 34264)}
-    return {tag: tag_values(path, entry) for tag, entry in tags.items() if entry.form[1:] == "d"}
-
-
-def cut_off(path: Path, size: int) -> str:
-    """What of a TIFF lies beyond the end of the file, or nothing.
-
-    Readers skip a tag whose values are lost, be it the CRS, the nodata value or the band names.
-    """
-    for tag, entry in tiff_directory(path).items():
-        if entry.offset + entry.bytes > size:
-            return f"the values of TIFF tag {tag} lie beyond its end at byte {size}"
-    return ""

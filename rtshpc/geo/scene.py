@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from rtshpc.geo.chips import ChipBox
 from rtshpc.geo.crs import trusted_grid
 from rtshpc.geo.instances import InstanceMap, cut
 from rtshpc.geo.labels import LabelReader
-from rtshpc.geo.raster import Grid, Mask, open_raster, reading
+from rtshpc.geo.raster import Grid, Mask, Place, open_beside, open_raster, reading
 
 WHOLE_BYTES = 256 << 20
 """Scenes up to this size are decoded once and cut in memory; larger ones are read chip by chip."""
 _FEWEST_BLOCK = 1024
+_FIRST_ROWS = 16
 _COVERED = 0.9
 """A modality that is valid on less of the primary's ground is told."""
 _ZEROS = 0.05
@@ -174,7 +175,7 @@ class OpenScene:
             seen += good.size
             for name, mask in part.valid.items():
                 valid[name] += int(np.count_nonzero(mask if mask is good else mask & good))
-            something = something or any(bool(((band != 0) & good).any()) for band in part.pixels[first.name])
+            something = something or _anything(part.pixels[first.name], good)
             known = something and all(valid[bound.name] for bound in self._bound if bound.layer is not None)
             if known and valid[first.name] >= self._data.min_valid_fraction * pixels:
                 break
@@ -208,10 +209,12 @@ class OpenScene:
 
     def _check_labels_seen(self, labels: InstanceMap) -> None:
         """Labels on pixels that hold nothing mean that one of the two is wrong."""
+        primary = self._data.primary
+        if self._whole is not None and self._whole.valid[primary].all():
+            return
         total = int(np.count_nonzero(labels.ids))
         if total == 0:
             return
-        primary = self._data.primary
         if self._whole is not None:
             unseen = int(np.count_nonzero(labels.ids[~self._whole.valid[primary]]))
         else:
@@ -267,6 +270,8 @@ class OpenScene:
         if layer is not self._image or (value is None and not implied):
             return stored
         nothing = 0 if implied else value
+        if pixels[0].min() > nothing or pixels[0].max() < nothing:
+            return stored
         empty = pixels[0] == nothing
         for band in pixels[1:]:
             # Where a band is nowhere empty together with those before it, no other needs a look.
@@ -277,6 +282,13 @@ class OpenScene:
             return stored
         self._zeros += int(np.count_nonzero(empty)) if implied else 0
         return pixels, [empty if mask is None else mask | empty for mask in bad]
+
+
+def _anything(pixels: NDArray[Any], good: Mask) -> bool:
+    """Whether a valid pixel is not 0 in every band; a look at the first rows mostly tells."""
+    return any(
+        bool(((band[rows] != 0) & good[rows]).any()) for rows in (slice(_FIRST_ROWS), slice(None)) for band in pixels
+    )
 
 
 @contextmanager
@@ -297,15 +309,19 @@ def open_scene(
             `missing_modality`, `all_nodata`, `almost_empty`, `missing_label`.
     """
     with ExitStack() as stack:
-        stack.enter_context(reading(GDAL_CACHEMAX=cache_bytes or _cache_bytes(data)))
+        stack.enter_context(reading_scenes(data, cache_bytes))
         opened = _open(scene, data, with_labels, stack)
         opened._prepare(whole_bytes)  # pyright: ignore[reportPrivateUsage]
         yield opened
 
 
-def _cache_bytes(data: DataConfig) -> int:
-    """Block cache for row-by-row reading: a row of blocks of a wide scene, not the default share of the memory."""
-    return max(64 << 20, 100_000 * data.chip.size_px * 2)
+def reading_scenes(data: DataConfig, cache_bytes: int = 0) -> AbstractContextManager[Any]:
+    """GDAL's settings while scenes are open; who opens many enters them once.
+
+    By default the cache holds a row of blocks of a wide scene, to read it row by row, not the share of the memory that
+    GDAL takes.
+    """
+    return reading(GDAL_CACHEMAX=cache_bytes or max(64 << 20, 100_000 * data.chip.size_px * 2))
 
 
 def scene_grid(scene: Scene, data: DataConfig) -> Grid:
@@ -333,8 +349,9 @@ def _primary(scene: Scene, data: DataConfig, stack: ExitStack) -> tuple[str, Dat
 def _open(scene: Scene, data: DataConfig, with_labels: bool, stack: ExitStack) -> OpenScene:
     primary, dataset = _primary(scene, data, stack)
     stored, findings = trusted_grid(dataset, whole=True)
-    grid, *flips = upright(stored)
-    layers = {primary: (dataset, Layer(dataset, grid, stack))}
+    place = Place(primary, stored)
+    grid, *_ = upright(stored)
+    layers = {primary: (dataset, Layer(dataset, grid, stack, stored=stored))}
     bound: list[Bound] = []
     warnings = [f"{finding.reason}: {finding.detail}" for finding in findings]
     for name, modality in data.modalities.items():
@@ -343,9 +360,11 @@ def _open(scene: Scene, data: DataConfig, with_labels: bool, stack: ExitStack) -
             if not path:
                 raise SceneRejected("missing_modality", f"{scene.id} has no file for modality {name}")
             if path not in layers:
-                other = stack.enter_context(open_raster(path, data.max_pixels))
-                trusted_grid(other)
-                layers[path] = (other, Layer(other, grid, stack, modality.resampling))
+                other, known = open_beside(path, place, data.max_pixels)
+                stack.enter_context(other)
+                if known is None:
+                    trusted_grid(other)
+                layers[path] = (other, Layer(other, grid, stack, modality.resampling, stored=known))
             bound.append(bind(name, modality, data, *layers[path]))
             warnings += odd_bands(*layers[path], bound[-1])
         except SceneRejected as error:
@@ -354,11 +373,7 @@ def _open(scene: Scene, data: DataConfig, with_labels: bool, stack: ExitStack) -
             warnings.append(f"{error.reason}: modality {name} is left out: {error.detail}")
             bound.append(Bound(name, modality, None, (), ((1.0, 0.0),), None))
     image = layers[scene.image][1] if scene.image in layers else None
-    labels = (
-        LabelReader(scene, data, grid, stack, (flips[0], flips[1]))
-        if with_labels and data.labels.kind != "none"
-        else None
-    )
+    labels = LabelReader(scene, data, place, stack) if with_labels and data.labels.kind != "none" else None
     units = {one.name: (1.0, 0.0) if one.physical else one.scales[0] for one in bound}
     missing = frozenset(one.name for one in bound if one.layer is None)
     return OpenScene(scene, grid, warnings, units, missing, data, bound, image, labels)

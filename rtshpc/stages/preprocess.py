@@ -20,6 +20,7 @@ from rtshpc.data.cut import CutChip, SceneFacts, cut_scene
 from rtshpc.data.normalise import Statistics, merge
 from rtshpc.data.shard import Layout, ShardWriter, statistics_in
 from rtshpc.data.synthetic import draw_scene
+from rtshpc.geo.scene import reading_scenes
 
 Entry = dict[str, Any]
 
@@ -39,9 +40,10 @@ def run(cell: Cell, paths: RunPaths, progress: Progress) -> dict[str, Any]:
     task = _Task(cell, paths, scenes)
     task.resume()
     try:
-        while task.next < len(scenes):
-            progress("scenes", task.next, len(scenes), scenes[task.next].id)
-            task.take(scenes[task.next])
+        with reading_scenes(data):
+            while task.next < len(scenes):
+                progress("scenes", task.next, len(scenes), scenes[task.next].id)
+                task.take(scenes[task.next])
         task.close_shard()
     finally:
         task.abandon()

@@ -45,8 +45,10 @@ LOCK_SECONDS = 30.0
 WATCH_SECONDS = 1.0
 """How often a local task looks whether its launcher lives."""
 
-ARENA_MAX = -8
-"""`M_ARENA_MAX` of glibc's malloc.h."""
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
+"""`M_...` of glibc's malloc.h."""
+KEPT_BYTES = 32 << 20
+"""Freed arrays up to this size are kept for the next."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -71,8 +73,7 @@ def run(stage: str, run_dir: Path, task: str) -> int:
     cell = read_cell(folder.config)
     if cell.stage != stage:
         raise RunError(f"{folder.config}: cell {cell.id} is of stage {cell.stage}, not {stage}")
-    if stage == "map":
-        _share_arena()
+    set_memory(stage)
     _end_when_told()
     _watch_launcher()
     own = place_in_step()
@@ -220,14 +221,17 @@ def _set_threads(cell: Cell) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def _share_arena() -> None:
-    """Let all threads take memory from one place, before there is a second one; nothing changes but with glibc.
+def set_memory(stage: str) -> None:
+    """How a stage's process keeps the memory of arrays, before it has any; nothing changes but with glibc.
 
-    Each thread has its own else, which gives pages back to the system when a large array goes and asks for them anew with
-    the next: a tenth of the time that reading a large scene takes in a thread beside the detector.
+    map: all threads take it from one place. Each has its own else, which gives pages back to the system when a large array
+    goes and asks for them anew with the next: a tenth of the time that reading a large scene takes in a thread beside the
+    detector. preprocess: what a chip has freed stays for the next one, else a tenth of the time goes into such pages.
     """
+    options = {"map": {ARENA_MAX: 1}, "preprocess": {MMAP_THRESHOLD: KEPT_BYTES, TRIM_THRESHOLD: 2 * KEPT_BYTES}}
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
+        for option, value in options.get(stage, {}).items():
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def _end_when_told() -> None:

@@ -4,9 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import rasterio
 from hypothesis import given, settings, strategies as st
 
 from rtshpc.core.cell import Cell
@@ -20,7 +18,6 @@ from rtshpc.core.features import (
     chips_to_cache,
     record_bytes,
     scale_shapes,
-    tiff_size,
     variants,
 )
 from rtshpc.core.grid import GridError, cells
@@ -141,15 +138,3 @@ def test_the_estimate_counts_chips_as_they_are_cut(width: int, height: int, size
     chip = ChipConfig(size_px=size, overlap_px=overlap)
     data = make().data.model_copy(update={"chip": chip})
     assert _positions((width, height), data) == len(chip_boxes(width, height, chip))
-
-
-@pytest.mark.parametrize("options", [{}, {"BIGTIFF": "YES"}, {"ENDIANNESS": "BIG"}, {"tiled": True}])
-def test_the_size_of_a_tiff_is_read_without_a_raster_library(tmp_path: Path, options: dict[str, Any]) -> None:
-    path = tmp_path / "scene.tif"
-    with rasterio.open(path, "w", "GTiff", width=70_000, height=33, count=1, dtype="uint8", **options) as file:
-        file.write(np.zeros((1, 33, 70_000), np.uint8))
-    assert tiff_size(path) == (70_000, 33)
-    path.write_bytes(path.read_bytes()[:7])
-    assert tiff_size(path) is None
-    path.write_bytes(b"not a raster at all")
-    assert tiff_size(path) is None and tiff_size(tmp_path / "none.tif") is None

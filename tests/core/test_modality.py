@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rtshpc.core.config.modality import Expression
 from rtshpc.core.errors import ConfigError
-from rtshpc.core.modality import Expression
 
 NUMPY = {"min": np.minimum, "max": np.maximum, "abs": np.abs, "sqrt": np.sqrt, "log": np.log, "exp": np.exp}
 

@@ -198,7 +198,7 @@ def test_generated_data_are_known_by_their_config(tmp_path: Path) -> None:
 
 
 def test_scenes_and_modality_import_no_pixels() -> None:
-    code = "import sys, rtshpc.core.scenes, rtshpc.core.modality; print([m for m in ('numpy', 'rasterio', 'torch') if m in sys.modules])"
+    code = "import sys, rtshpc.core.scenes, rtshpc.core.config.modality; print([m for m in ('numpy', 'rasterio', 'torch') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

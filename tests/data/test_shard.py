@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,14 @@ def test_plain_h5py_reads_a_shard_by_names(tmp_path: Path) -> None:
 def test_the_same_chips_give_the_same_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a.h5", 300)
     write(tmp_path / "b.h5", 300)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_a_record_that_is_written_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.h5")
+    at_once = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, content, offset: at_once(handle, content[:1000], offset))
+    write(tmp_path / "b.h5")
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 

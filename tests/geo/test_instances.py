@@ -27,14 +27,15 @@ def flood(mask: np.ndarray) -> list[frozenset[tuple[int, int]]]:
     return found
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
-def test_components_are_those_of_the_definition(share: float) -> None:
+@pytest.mark.parametrize("share", [0.004, 0.02, 0.1, 0.3, 0.5, 0.8])
+def test_components_are_those_of_the_definition_in_reading_order(share: float) -> None:
     mask = np.random.default_rng(3).random((40, 33)) < share
     ids = label_instances(mask)
     parts = [
         frozenset(zip(*map(np.ndarray.tolist, np.nonzero(ids == n)), strict=True)) for n in range(1, ids.max() + 1)
     ]
     assert set(parts) == set(flood(mask))
+    assert [min(part) for part in parts] == sorted(min(part) for part in parts)
     assert ids.dtype == np.int32
 
 

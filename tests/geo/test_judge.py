@@ -12,8 +12,8 @@ from geo_making import BANDS, PLACE, reflectance, slumps, write_sample, write_ti
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 
+from rtshpc.core.tiff import FileHead
 from rtshpc.geo.judge import Verdict, judge_pair, judge_raster
-from rtshpc.geo.raster import tag_values, tiff_directory
 
 
 def words(verdict: Verdict) -> set[str]:
@@ -67,7 +67,7 @@ def test_one_damaged_block_is_enough(tmp_path: Path) -> None:
     pixels = reflectance(256, 256)
     path = write_tif(tmp_path / "a.tif", pixels, compress="deflate", tiled=True, blockxsize=64, blockysize=64)
     content = bytearray(path.read_bytes())
-    offsets = tag_values(path, tiff_directory(path)[324])
+    offsets = FileHead.of(path).values(324)
     content[offsets[-1] : offsets[-1] + 64] = b"\xff" * 64
     verdict = stand_in(path, bytes(content))
     assert words(verdict) >= {"unreadable"}

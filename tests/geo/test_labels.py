@@ -41,6 +41,25 @@ def test_a_shifted_label_is_snapped_and_a_farther_one_moved(tmp_path: Path) -> N
             assert not found.ignore[5:, 5:].any()
 
 
+@pytest.mark.parametrize(("beside", "moved"), [("mask.tif", 5), ("image.tif", -5)])
+def test_a_file_beside_the_labels_or_the_image_may_move_them(tmp_path: Path, beside: str, moved: int) -> None:
+    folder = write_sample(tmp_path / "a")
+    pam = "<PAMDataset><GeoTransform>500050,10,0,7600000,0,-10</GeoTransform></PAMDataset>"
+    (folder / f"{beside}.aux.xml").write_text(pam)
+    found, words = labelled(folder)
+    wanted = np.zeros((64, 64), np.int32)
+    wanted[:, max(moved, 0) : 64 + min(moved, 0)] = label_instances(slumps())[:, max(-moved, 0) : 64 - max(moved, 0)]
+    assert np.array_equal(found.ids > 0, wanted > 0) and words[0] == "label_grid"
+
+
+def test_labels_stored_upside_down_like_their_image_are_turned_with_it(tmp_path: Path) -> None:
+    south_up = Affine(10.0, 0.0, 500_000.0, 0.0, 10.0, 7_599_360.0)
+    folder = write_sample(tmp_path / "a", transform=south_up)
+    write_tif(folder / "mask.tif", slumps(), transform=south_up)
+    found, words = labelled(folder)
+    assert np.array_equal(found.ids > 0, slumps()[::-1] > 0) and words == ["south_up"]
+
+
 MOVES = [(0.3, 0), (0.5, 0), (-0.5, 0), (0.75, 1), (1, 1), (-1, -1), (1.3, 1), (2, 2)]
 
 

@@ -26,6 +26,7 @@ from rtshpc.core.load import load_data
 from rtshpc.core.scenes import list_scenes
 from rtshpc.geo.chips import ChipBox, chip_boxes
 from rtshpc.geo.instances import label_instances
+from rtshpc.geo.raster import reading
 from rtshpc.geo.scene import open_scene
 
 WHOLE = ChipBox(0, 0, 64)
@@ -353,3 +354,12 @@ def test_the_real_scenes_hold_the_instances_of_the_index() -> None:
             assert part.valid["relief"].all() == (not opened.missing)
             total += found.count
     assert total == 263
+
+
+def test_settings_that_are_in_force_are_not_entered_again() -> None:
+    with reading(GDAL_CACHEMAX=1 << 26):
+        assert not isinstance(reading(), rasterio.Env) and not isinstance(reading(GDAL_CACHEMAX=1 << 26), rasterio.Env)
+        with reading(GDAL_CACHEMAX=1 << 27):
+            assert rasterio.env.getenv()["GDAL_CACHEMAX"] == 1 << 27
+        assert rasterio.env.getenv()["GDAL_CACHEMAX"] == 1 << 26
+    assert isinstance(reading(), rasterio.Env)

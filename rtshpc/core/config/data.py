@@ -10,9 +10,9 @@ from pydantic import model_validator
 
 from rtshpc.core.config.checks import FILE_NAME, MODALITY_NAME, Names, ordered
 from rtshpc.core.config.explain import show
+from rtshpc.core.config.modality import Expression
 from rtshpc.core.config.section import Section, doc
 from rtshpc.core.errors import ConfigError, unknown
-from rtshpc.core.modality import Expression
 
 
 class GeneratedConfig(Section):

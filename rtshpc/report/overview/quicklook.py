@@ -15,8 +15,8 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from rtshpc.core.config import DataConfig
+from rtshpc.core.config.modality import Expression
 from rtshpc.core.errors import SceneRejected
-from rtshpc.core.modality import Expression
 from rtshpc.core.records import replacing
 from rtshpc.core.scenes import Scene
 from rtshpc.geo.align import upright, valid_in
