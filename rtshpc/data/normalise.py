@@ -61,6 +61,8 @@ class Statistics:
 
     def scaled(self, scale: float, offset: float) -> Statistics:
         """Statistics of `x * scale + offset`."""
+        if (scale, offset) == (1.0, 0.0):
+            return self
         with np.errstate(over="ignore", invalid="ignore"):
             return self._scaled(scale, offset)
 

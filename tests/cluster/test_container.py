@@ -53,6 +53,7 @@ def shards(paths: RunPaths) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in paths.shards.glob("*.h5")}
 
 
+@pytest.mark.full
 def test_a_sweep_runs_in_the_image_wherever_it_lies_every_record_names_it_and_it_may_be_gone_later(
     image: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_neither_home_nor_the_current_folder_come_along_unasked(
     assert own & mounted(tmp_path) == {str(tmp_path)}
 
 
+@pytest.mark.full
 def test_the_code_of_a_clone_runs_in_place_of_the_images_and_every_record_says_so(
     image: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

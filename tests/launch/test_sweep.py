@@ -126,7 +126,7 @@ def test_a_killed_task_is_a_failed_cell_and_its_sibling_goes_on(launcher: Launch
     assert found["preprocess 2/2"]["state"] == "done"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_debug_executor_runs_the_same_tasks_one_after_the_other(launcher: Launcher) -> None:
     answer = launcher.run("sweep", *SHARDS, "--set", "site.executor=debug")
     assert answer.returncode == 0, answer.stdout + answer.stderr

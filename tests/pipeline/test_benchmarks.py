@@ -19,11 +19,13 @@ SMALL = {
     "features": ["--size", "64", "--measured", "1", "--scenes", "2", "--repeats", "1"],
     "map_scene": ["--sizes", "300", "600", "--repeats", "1", "--block", "400"],
 }
+LONG = ("map_scene", "features", "shard_read")
+"""In full only."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full) if name == "map_scene" else name for name in SMALL]
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in LONG else name for name in SMALL]
 )
 def test_a_benchmark_measures_both_sides_and_prints_their_ratios(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--json", *SMALL[name]]
