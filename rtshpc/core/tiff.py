@@ -56,7 +56,7 @@ class FileHead:
         """Read it, without waiting for the writer of a pipe. Raises OSError, and ValueError for what is no path."""
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return cls(path, os.fstat(descriptor).st_size, os.read(descriptor, HEAD_BYTES))
+            return cls(path, os.fstat(descriptor).st_size, _read(descriptor, 0, HEAD_BYTES))
         finally:
             os.close(descriptor)
 
@@ -80,11 +80,11 @@ class FileHead:
             tag, kind, length, value = row
             taken = _SIZES.get(kind, 1) * length
             offset = first + (place + 1) * size - room if taken <= room else struct.unpack(order + word, value)[0]
-            found[tag] = TiffTag(_FORMS.get(kind, "B"), length, offset, taken)
+            found.setdefault(tag, TiffTag(_FORMS.get(kind, "B"), length, offset, taken))  # libtiff keeps the first
         return found
 
     def values(self, tag: int, most: int = 6000) -> tuple[Any, ...]:
-        """The values of a tag, at most `most`; empty where there is none, or they lie beyond the end of the file."""
+        """The first `most` values of a tag, rationals as two numbers; empty where there is none, or they are lost."""
         entry = self.tags.get(tag)
         if entry is None:
             return ()
@@ -106,25 +106,38 @@ class FileHead:
         return ""
 
     def stated_place(self) -> tuple[tuple[Any, ...], ...] | None:
-        """Size and georeference that the file states; None where it states no whole one, or others may overrule it.
+        """Size and georeference that the file states; None where GDAL might take others, or another meaning.
 
-        Two rasters that state the same lie on the same grid, whatever it is. GDAL lets files of metadata beside a
-        raster (`.aux.xml`, `.aux`) overrule its tags, but asks world files only where it has none.
+        Two rasters that state the same lie on the same grid, whatever it is: one scale, one tie point, the same keys. By
+        default GDAL lets files of metadata beside a raster (`.aux.xml`, `.aux`) overrule its tags, and asks others
+        (`.xml`, world files) only where tags are of no use; heights in scale or tie point become the band's scale.
         """
-        placed = MATRIX in self.tags or (PIXEL_SCALE in self.tags and TIE_POINTS in self.tags)
-        if not placed or GEO_KEYS[0] not in self.tags:
+        place = tuple(self.values(tag) for tag in (PIXEL_SCALE, TIE_POINTS))
+        forms = [self.tags[tag].form for tag in (PIXEL_SCALE, TIE_POINTS) if tag in self.tags]
+        if MATRIX in self.tags or forms != ["d", "d"] or list(map(len, place)) != [3, 6]:
             return None
+        (across, down, high), tie = place
+        if not (across > 0 and down > 0 and high in (0, 1) and tie[2] == tie[5] == 0):
+            return None
+        keys = [self.values(tag) for tag in GEO_KEYS]
+        lost = any(self.tags[tag].length != len(keys[at]) for at, tag in enumerate(GEO_KEYS) if tag in self.tags)
+        if not keys[0] or lost or self._has_company():
+            return None
+        return self.values(WIDTH), self.values(HEIGHT), *place, *keys
+
+    def _has_company(self) -> bool:
+        """Whether there are files beside it whose georeference GDAL might take."""
         stem, name = os.path.splitext(self.path)[0], str(self.path)
-        beside = (f"{name}.aux.xml", f"{stem}.aux", f"{stem}.AUX", f"{name}.aux", f"{name}.AUX")
-        if any(os.access(one, os.F_OK) for one in beside):
-            return None
-        stated: list[tuple[Any, ...]] = []
-        for tag in (WIDTH, HEIGHT, PIXEL_SCALE, TIE_POINTS, MATRIX, *GEO_KEYS):
-            entry, values = self.tags.get(tag), self.values(tag)
-            if entry is not None and len(values) != entry.length * len(entry.form):
-                return None
-            stated.append((entry and entry.form, *values))
-        return tuple(stated)
+        beside = (
+            f"{name}.aux.xml",
+            f"{name}.aux",
+            f"{name}.AUX",
+            f"{stem}.aux",
+            f"{stem}.AUX",
+            f"{stem}.xml",
+            f"{stem}.XML",
+        )
+        return any(os.access(one, os.F_OK) for one in beside)
 
     @property
     def _order(self) -> str:
@@ -135,9 +148,17 @@ class FileHead:
             return self.start[offset : offset + count]
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            return os.pread(descriptor, count, offset)
+            return _read(descriptor, offset, count)
         finally:
             os.close(descriptor)
+
+
+def _read(descriptor: int, offset: int, count: int) -> bytes:
+    """`count` bytes of an open file, fewer only where it ends: a read may give less."""
+    content = os.pread(descriptor, count, offset)
+    while 0 < len(content) < count and (more := os.pread(descriptor, count - len(content), offset + len(content))):
+        content += more
+    return content
 
 
 def tiff_size(path: Path) -> tuple[int, int] | None:
@@ -146,5 +167,6 @@ def tiff_size(path: Path) -> tuple[int, int] | None:
         head = FileHead.of(path)
     except (OSError, ValueError):
         return None
-    width, height = head.values(WIDTH, 1), head.values(HEIGHT, 1)
-    return (int(width[0]), int(height[0])) if width and height else None
+    whole = (tag for tag in (WIDTH, HEIGHT) if tag in head.tags and head.tags[tag].form in ("H", "I", "Q"))
+    sides = [side for tag in whole for side in head.values(tag, 1) if side > 0]
+    return (sides[0], sides[1]) if len(sides) == 2 else None

@@ -39,6 +39,8 @@ IDS = ":ids"
 VALID = ":valid"
 MOST_INSTANCES = IGNORE_ID - 1
 MOST_IN_A_BYTE = 254
+APART_BYTES = 1 << 20
+"""Larger records are written without making one piece of their parts."""
 _IGNORE_BYTE = 255
 
 Compression = Literal["none", "lz4", "gzip"]
@@ -120,9 +122,10 @@ class ShardWriter:
         self._scaling: list[list[tuple[float, float]]] = []
         self._statistics: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name, _, _ in layout.modalities}
         self._direct = compression == "none"
+        self._apart = self._direct and self.dtype.itemsize >= APART_BYTES
         self._stack = ExitStack()
         temporary = self._stack.enter_context(replacing(path))
-        # Nobody else knows the temporary name; the lock of HDF5 stays on all the same.
+        # Nobody else knows the temporary name; the lock of HDF5 stays on all the same. The driver is the one with a handle.
         file = h5py.File(temporary, "w", driver="sec2", libver=("earliest", "v110"))
         self._file = self._stack.enter_context(file)
         self._handle: int = self._file.id.get_vfd_handle()
@@ -163,15 +166,18 @@ class ShardWriter:
             The chip's row in the shard.
 
         Raises:
-            ValueError: more instances than the layout's ids can tell apart.
+            ValueError: more instances than the layout's ids can tell apart, or an array of another shape.
         """
         row = len(self._chips)
         if len(classes) > (MOST_INSTANCES if self.layout.wide_ids else MOST_IN_A_BYTE):
             raise ValueError(f"{chip.id}: {len(classes)} instances do not fit in {self.layout}")
         parts = self._parts(pixels, valid, ids)
         self._data.resize((row + 1,))
-        if self._direct:
+        if self._apart:
             self._write(row, parts)
+        elif self._direct:
+            # A whole chunk as bytes: no conversion, no chunk cache.
+            self._data.id.write_direct_chunk((row,), b"".join(part.tobytes() for part in parts.values()))
         else:
             record = np.zeros((), dtype=self.dtype)
             for name, part in parts.items():
@@ -200,10 +206,17 @@ class ShardWriter:
                 packed[id(mask)] = np.packbits(mask, axis=-1)
             fields[name], fields[name + VALID] = pixels[name], packed[id(mask)]
         assert self.dtype.names is not None
-        return {name: np.ascontiguousarray(fields[name], self.dtype[name].base) for name in self.dtype.names}
+        parts = {name: np.ascontiguousarray(fields[name], self.dtype[name].base) for name in self.dtype.names}
+        for name, part in parts.items():
+            if part.shape != self.dtype[name].shape:
+                raise ValueError(f"{name} is of shape {part.shape}, not {self.dtype[name].shape}")
+        return parts
 
     def _write(self, row: int, parts: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write a record where HDF5 has made room for it, part by part: through it they would be copied into one first."""
+        """Write a large record where HDF5 has made room for it, part by part: through it they would be copied into one.
+
+        The look for the room takes longer with every row, so that small records, of which a shard holds many, are copied.
+        """
         offset = self._data.id.get_chunk_info_by_coord((row,)).byte_offset
         for part in parts.values():
             left = memoryview(part).cast("B")

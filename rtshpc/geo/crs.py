@@ -133,7 +133,7 @@ class _Outline:
         return self._degrees[0][:-2], self._degrees[1][:-2]
 
     @property
-    def middle(self) -> tuple[list[float], list[float]]:
+    def pixel(self) -> tuple[list[float], list[float]]:
         """Of the middle, and of the middle moved by a column and by a row."""
         lons, lats = self._degrees
         return [lons[0], *lons[-2:]], [lats[0], *lats[-2:]]
@@ -272,7 +272,7 @@ def resolution_m(wkt: str, six: Six, width: int, height: int) -> float:
 def _resolution(outline: _Outline, six: Six, facts: CrsFacts) -> float:
     a, b, _, d, e, _ = six
     on_map = math.sqrt(abs(a * e - b * d)) * facts.unit_m
-    lons, lats = outline.middle
+    lons, lats = outline.pixel
     if not all(map(math.isfinite, [*lons, *lats])):
         return on_map
     if not facts.geographic:

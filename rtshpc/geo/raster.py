@@ -19,7 +19,7 @@ import shapely
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.env import getenv, hasenv
+from rasterio.env import get_gdal_config, getenv, hasenv
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
@@ -98,8 +98,9 @@ class Place:
 
     @cached_property
     def stated(self) -> tuple[Any, ...] | None:
-        """`FileHead.stated_place` of the raster; None where it has none."""
-        return None if self.path.startswith(VIRTUAL) else FileHead.of(Path(self.path)).stated_place()
+        """`FileHead.stated_place` of the raster; None where it has none, or GDAL is told to look elsewhere."""
+        told = any(get_gdal_config(option) for option in ("GDAL_GEOREF_SOURCES", "GDAL_PAM_PROXY_DIR"))
+        return None if told or self.path.startswith(VIRTUAL) else FileHead.of(Path(self.path)).stated_place()
 
 
 def reading(**options: Any) -> AbstractContextManager[Any]:
@@ -127,8 +128,8 @@ def open_raster(path: Path | str, max_pixels: int = MAX_PIXELS) -> DatasetReader
 def open_beside(path: Path | str, place: Place, max_pixels: int = MAX_PIXELS) -> tuple[DatasetReader, Grid | None]:
     """Open a raster that perhaps lies where another does.
 
-    One that states the same place, byte by byte, has the other's grid, and neither CRS nor transform of its own:
-    understanding them would take half the time of opening it.
+    One that states the same place has the other's grid, and neither CRS nor transform of its own: understanding them
+    would take half the time of opening it.
 
     Returns:
         The raster, and its grid as stored where that is the other's.

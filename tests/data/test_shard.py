@@ -18,6 +18,7 @@ from rtshpc.core.errors import DataError
 from rtshpc.core.paths import RunPaths
 from rtshpc.core.records import file_sha256
 from rtshpc.core.scenes import list_scenes
+from rtshpc.data import shard
 from rtshpc.data.normalise import statistics_of
 from rtshpc.data.reader import ShardDataset, ShardFile, enlarged, read_index, verify_shards
 from rtshpc.data.sample import IGNORE_ID, boxes_of, collate
@@ -47,6 +48,13 @@ def write(path: Path, count: int = 5, compression: Any = "none", seed: int = 0) 
     return rows
 
 
+@pytest.fixture(params=[0, shard.APART_BYTES], ids=["apart", "joined"])
+def as_written(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are written part by part, as large ones are, or as one piece."""
+    monkeypatch.setattr(shard, "APART_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("as_written")
 @pytest.mark.parametrize("compression", ["none", "gzip", "lz4"])
 def test_every_type_survives_the_round_trip_exactly(tmp_path: Path, compression: str) -> None:
     rows = write(tmp_path / "s.h5", compression=compression)
@@ -107,6 +115,7 @@ def test_the_same_chips_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_record_that_is_written_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.h5")
+    monkeypatch.setattr(shard, "APART_BYTES", 0)
     at_once = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, content, offset: at_once(handle, content[:1000], offset))
     write(tmp_path / "b.h5")
@@ -121,6 +130,18 @@ def test_an_error_or_a_discard_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("as_written")
+def test_an_array_of_another_shape_is_refused(tmp_path: Path) -> None:
+    pixels, valid = {"a": np.ones((2, 16, 16), np.uint8)}, {"a": np.ones((16, 16), bool)}
+    stats = {"a": statistics_of(pixels["a"], valid["a"])}
+    chip = Chip("c", "s", "site", (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), "WKT")
+    with ShardWriter(tmp_path / "a.h5", Layout(16, (("a", 1, "|u1"),))) as writer:
+        with pytest.raises(ValueError, match="shape"):
+            writer.append(chip, pixels, valid, np.zeros((16, 16), np.uint16), [], {"a": (1.0, 0.0)}, stats)
+        writer.discard()
+
+
+@pytest.mark.usefixtures("as_written")
 def test_truncated_chips_are_gone_and_their_rows_are_used_again(tmp_path: Path) -> None:
     rows = write(tmp_path / "whole.h5", 4)
     with ShardWriter(tmp_path / "cut.h5", Layout.of(rows[0]["pixels"])) as writer:

@@ -52,6 +52,14 @@ def test_a_file_beside_the_labels_or_the_image_may_move_them(tmp_path: Path, bes
     assert np.array_equal(found.ids > 0, wanted > 0) and words[0] == "label_grid"
 
 
+def test_labels_lie_where_gdal_is_told_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_sample(tmp_path / "a")
+    (folder / "mask.tfw").write_text("10\n0\n0\n-10\n500055\n7599995\n")
+    assert labelled(folder)[1] == []
+    monkeypatch.setenv("GDAL_GEOREF_SOURCES", "WORLDFILE,INTERNAL")
+    assert labelled(folder)[1][0] == "label_grid"
+
+
 def test_labels_stored_upside_down_like_their_image_are_turned_with_it(tmp_path: Path) -> None:
     south_up = Affine(10.0, 0.0, 500_000.0, 0.0, 10.0, 7_599_360.0)
     folder = write_sample(tmp_path / "a", transform=south_up)

@@ -356,6 +356,19 @@ def test_the_real_scenes_hold_the_instances_of_the_index() -> None:
     assert total == 263
 
 
+def test_a_scale_that_only_the_georeference_tells_is_kept(tmp_path: Path) -> None:
+    options = {"count": 1, "dtype": "int16", "crs": "EPSG:32608+5773", "transform": PLACE}
+    for name in ("image", "dem"):  # with a vertical CRS the scale of the only band is written as the pixel's height
+        with rasterio.open(tmp_path / f"{name}.tif", "w", "GTiff", 64, 64, **options) as file:
+            file.scales = [0.1]
+            file.write(reflectance()[:1])
+    modalities = {"red": {"bands": ["1"]}, "dem": {"bands": ["1"], "file": "dem.tif"}}
+    data = config(tmp_path, modalities=modalities, primary="red", labels={"kind": "none"})
+    scene = scene_of(tmp_path, label="", files={"dem": str(tmp_path / "dem.tif")})
+    with open_scene(scene, data) as opened:
+        assert opened.scaling == {"red": (0.1, 0.0), "dem": (0.1, 0.0)}
+
+
 def test_settings_that_are_in_force_are_not_entered_again() -> None:
     with reading(GDAL_CACHEMAX=1 << 26):
         assert not isinstance(reading(), rasterio.Env) and not isinstance(reading(GDAL_CACHEMAX=1 << 26), rasterio.Env)
