@@ -40,7 +40,8 @@ VALID = ":valid"
 MOST_INSTANCES = IGNORE_ID - 1
 MOST_IN_A_BYTE = 254
 APART_BYTES = 1 << 20
-"""Larger records are written without making one piece of their parts."""
+"""Larger records are written without making one piece of their parts, and begin with a page: that costs less."""
+PAGE_BYTES = 4096
 _IGNORE_BYTE = 255
 
 Compression = Literal["none", "lz4", "gzip"]
@@ -126,7 +127,8 @@ class ShardWriter:
         self._stack = ExitStack()
         temporary = self._stack.enter_context(replacing(path))
         # Nobody else knows the temporary name; the lock of HDF5 stays on all the same. The driver is the one with a handle.
-        file = h5py.File(temporary, "w", driver="sec2", libver=("earliest", "v110"))
+        options: dict[str, Any] = {"alignment_threshold": APART_BYTES, "alignment_interval": PAGE_BYTES}
+        file = h5py.File(temporary, "w", driver="sec2", libver=("earliest", "v110"), **options)
         self._file = self._stack.enter_context(file)
         self._handle: int = self._file.id.get_vfd_handle()
         self._data = self._file.create_dataset(
@@ -172,7 +174,7 @@ class ShardWriter:
         if len(classes) > (MOST_INSTANCES if self.layout.wide_ids else MOST_IN_A_BYTE):
             raise ValueError(f"{chip.id}: {len(classes)} instances do not fit in {self.layout}")
         parts = self._parts(pixels, valid, ids)
-        self._data.resize((row + 1,))
+        self._data.id.set_extent((row + 1,))
         if self._apart:
             self._write(row, parts)
         elif self._direct:

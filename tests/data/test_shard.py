@@ -114,8 +114,8 @@ def test_the_same_chips_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_record_that_is_written_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "a.h5")
     monkeypatch.setattr(shard, "APART_BYTES", 0)
+    write(tmp_path / "a.h5")
     at_once = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, content, offset: at_once(handle, content[:1000], offset))
     write(tmp_path / "b.h5")

@@ -13,7 +13,7 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = {
-    "preprocess": ["--files", "4", "--repeats", "1", "--kinds", "uint8"],
+    "preprocess": ["--files", "4", "--rounds", "1", "--kinds", "uint8"],
     "shard_read": ["--files", "8", "--passes", "1", "--repeats", "1"],
     "instances": ["--masks", "4", "--repeats", "1"],
     "features": ["--size", "64", "--measured", "1", "--scenes", "2", "--repeats", "1"],
