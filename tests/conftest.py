@@ -59,6 +59,12 @@ def gdal_bindings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     return install
 
 
+@pytest.fixture
+def square_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small scenes are cut into rows of blocks, too."""
+    monkeypatch.setattr("rtshpc.mapping.layout.TALL", 1)
+
+
 @pytest.fixture(scope="session")
 def fake_nvml(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders for LD_LIBRARY_PATH with a libnvidia-ml.so.1 that answers without a GPU: `current`, and an `old` driver's."""

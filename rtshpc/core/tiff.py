@@ -56,7 +56,7 @@ class FileHead:
         """Read it, without waiting for the writer of a pipe. Raises OSError, and ValueError for what is no path."""
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return cls(path, os.fstat(descriptor).st_size, _read(descriptor, 0, HEAD_BYTES))
+            return cls(path, os.fstat(descriptor).st_size, _whole_read(descriptor, 0, HEAD_BYTES))
         finally:
             os.close(descriptor)
 
@@ -148,12 +148,12 @@ class FileHead:
             return self.start[offset : offset + count]
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            return _read(descriptor, offset, count)
+            return _whole_read(descriptor, offset, count)
         finally:
             os.close(descriptor)
 
 
-def _read(descriptor: int, offset: int, count: int) -> bytes:
+def _whole_read(descriptor: int, offset: int, count: int) -> bytes:
     """`count` bytes of an open file, fewer only where it ends: a read may give less."""
     content = os.pread(descriptor, count, offset)
     while 0 < len(content) < count and (more := os.pread(descriptor, count - len(content), offset + len(content))):

@@ -285,7 +285,7 @@ class OpenScene:
 
 
 def _anything(pixels: NDArray[Any], good: Mask) -> bool:
-    """Whether a valid pixel is not 0 in every band; a look at the first rows mostly tells."""
+    """Whether any band holds a valid pixel other than 0; a look at the first rows mostly tells."""
     return any(
         bool(((band[rows] != 0) & good[rows]).any()) for rows in (slice(_FIRST_ROWS), slice(None)) for band in pixels
     )

@@ -32,6 +32,8 @@ from rtshpc.launch.submit import Ledger, prepare, refuse_other_data
 from rtshpc.mapping.scenes.survey import survey
 from rtshpc.stages import runner
 
+pytestmark = pytest.mark.usefixtures("square_blocks")
+
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("slumps.parquet", "footprints.parquet", "map.gpkg")
 SETS = ("map.score_threshold=0.3", "map.overlap_px=16")
@@ -43,12 +45,6 @@ def planned(to_map: Any, scenes: Path, out: Path, *sets: str, model: str = "", *
     made = made.model_copy(update={"data": data})
     seen = zip(listed, scene_fingerprints(data, listed, None), survey(listed, data, made.map), strict=True)
     return map_plan(made, RunPaths(out), [MapScene(scene=s, fingerprint=f, **dict(facts)) for s, f, facts in seen])
-
-
-@pytest.fixture(autouse=True)
-def square_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small scenes are cut into rows of blocks, too."""
-    monkeypatch.setattr("rtshpc.mapping.layout.TALL", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -22,14 +22,10 @@ from rtshpc.mapping.scenes.strips import ReadFacts
 from rtshpc.mapping.scenes.survey import layout_of, survey
 from rtshpc.stages.map import Detect, Found, find_pieces, ready_chips
 
+pytestmark = pytest.mark.usefixtures("square_blocks")
+
 HEIGHT, WIDTH = 70, 90
 NODATA = -9999
-
-
-@pytest.fixture(autouse=True)
-def square_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small scene is cut into rows of blocks, too."""
-    monkeypatch.setattr("rtshpc.mapping.layout.TALL", 1)
 
 
 def truth() -> np.ndarray:
